@@ -1,0 +1,345 @@
+"""Configuration: YAML to frozen dataclasses.
+
+An error names the key by its full path, the value, and what is allowed. Nothing is guessed: an
+unknown key is an error, because a misspelt option on the worst day is a missing option.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union
+
+import netaddr
+import yaml
+
+from farshore.errors import ConfigError
+
+Side = Literal["local", "remote"]
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Where a node listens for its peers and for the gateways."""
+
+    address: str
+    port: int = 7820
+
+    def validate(self, where: str) -> None:
+        _address(f"{where}.address", self.address)
+        _port(f"{where}.port", self.port)
+
+
+@dataclass(frozen=True, slots=True)
+class NodeRef:
+    """Another node: its name (the common name of its certificate) and where it listens."""
+
+    node: str
+    address: str
+    port: int = 7820
+
+    def validate(self, where: str) -> None:
+        _address(f"{where}.address", self.address)
+        _port(f"{where}.port", self.port)
+
+
+@dataclass(frozen=True, slots=True)
+class Tls:
+    """Files of this node's identity: the deployment's CA, its own certificate and key (PEM)."""
+
+    ca: Path
+    certificate: Path
+    key: Path
+
+
+@dataclass(frozen=True, slots=True)
+class PathConfig:
+    """One protected path. ``source`` names it the same on both sides; ``path`` is where it lies here."""
+
+    source: str
+    path: str = ""
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.path:
+            object.__setattr__(self, "path", self.source)
+
+    def validate(self, where: str) -> None:
+        for name in ("source", "path"):
+            value: str = getattr(self, name)
+            if not value.startswith("/") or "/../" in value + "/" or value.rstrip("/") == "":
+                raise ConfigError(
+                    f"{where}.{name}", f"{value!r} is not allowed; an absolute path other than / is"
+                )
+
+
+@dataclass(frozen=True, slots=True)
+class Rpo:
+    """Thresholds in seconds for the age of the oldest change that is not yet durable on the other side."""
+
+    warn: float = 5.0
+    critical: float = 30.0
+
+    def validate(self, where: str) -> None:
+        if not 0 < self.warn <= self.critical:
+            raise ConfigError(where, f"warn {self.warn} and critical {self.critical}: 0 < warn <= critical")
+
+
+@dataclass(frozen=True, slots=True)
+class NodeGroup:
+    """A protection group as one of its two nodes sees it."""
+
+    side: Side
+    peer: NodeRef
+    paths: tuple[PathConfig, ...]
+    units: tuple[str, ...] = ()
+    rpo: Rpo = field(default_factory=Rpo)
+
+    def validate(self, where: str) -> None:
+        if not self.paths:
+            raise ConfigError(f"{where}.paths", "is empty; at least one path is needed")
+        for key in ("source", "path"):
+            seen: set[str] = set()
+            for item in self.paths:
+                value = getattr(item, key).rstrip("/")
+                if value in seen:
+                    raise ConfigError(f"{where}.paths", f"{key} {value!r} is named twice")
+                if any(value.startswith(s + "/") or s.startswith(value + "/") for s in seen):
+                    raise ConfigError(f"{where}.paths", f"{key} {value!r} and another lie in each other")
+                seen.add(value)
+
+
+@dataclass(frozen=True, slots=True)
+class NodeConfig:
+    """``node.yml``: what ``farshore-node`` runs by."""
+
+    node: str
+    listen: Endpoint
+    tls: Tls
+    groups: dict[str, NodeGroup]
+    gateways: tuple[str, ...] = ()
+    state_dir: Path = Path("/var/lib/farshore")
+    runtime_dir: Path = Path("/run/farshore")
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_json: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """How to ask whether a service answers. Times in seconds; rise and fall count successive answers."""
+
+    kind: Literal["tcp", "http"] = "tcp"
+    interval: float = 0.5
+    timeout: float = 0.5
+    rise: int = 3
+    fall: int = 2
+    path: str = "/"
+    host: str = ""
+    statuses: tuple[int, ...] = ()
+
+    def validate(self, where: str) -> None:
+        for name in ("interval", "timeout"):
+            if not 0.01 <= getattr(self, name) <= 3600:
+                raise ConfigError(f"{where}.{name}", f"{getattr(self, name)} is not in 0.01..3600 seconds")
+        for name in ("rise", "fall"):
+            if not 1 <= getattr(self, name) <= 1000:
+                raise ConfigError(f"{where}.{name}", f"{getattr(self, name)} is not in 1..1000")
+        if not self.path.startswith("/") or not self.path.isprintable() or " " in self.path:
+            raise ConfigError(f"{where}.path", f"{self.path!r} is not a URL path; it begins with /")
+        for status in self.statuses:
+            if not 100 <= status <= 599:
+                raise ConfigError(f"{where}.statuses", f"{status} is not an HTTP status in 100..599")
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """One port that users reach through LDRG. ``backend_port`` defaults to the public ``port``."""
+
+    port: int
+    protocol: Literal["tcp", "udp"] = "tcp"
+    backend_port: int = 0
+    check: Check = field(default_factory=Check)
+
+    def __post_init__(self) -> None:
+        if not self.backend_port:
+            object.__setattr__(self, "backend_port", self.port)
+
+    def validate(self, where: str) -> None:
+        _port(f"{where}.port", self.port)
+        _port(f"{where}.backend_port", self.backend_port)
+
+
+@dataclass(frozen=True, slots=True)
+class MonitorGroup:
+    """A protection group as the monitor on LDRG sees it."""
+
+    local: NodeRef
+    backup: NodeRef
+    services: tuple[Service, ...]
+    failover: Literal["auto", "manual"] = "auto"
+    failback: Literal["auto", "manual"] = "auto"
+    #: Seconds that the local server must be well again before recovery begins.
+    hold_down: float = 2.0
+    #: Seconds that a step on a node (start units, flush) may take before it counts as failed.
+    step_timeout: float = 60.0
+    rpo: Rpo = field(default_factory=Rpo)
+
+    def validate(self, where: str) -> None:
+        if not self.services:
+            raise ConfigError(f"{where}.services", "is empty; at least one service is needed")
+
+
+@dataclass(frozen=True, slots=True)
+class Gateway:
+    """LDRG's own addresses: users come to ``public_address``; ``lan_address`` is what servers see."""
+
+    public_address: str
+    lan_address: str
+
+    def validate(self, where: str) -> None:
+        _address(f"{where}.public_address", self.public_address)
+        _address(f"{where}.lan_address", self.lan_address)
+
+
+@dataclass(frozen=True, slots=True)
+class MonitorConfig:
+    """``monitor.yml``: what ``farshore-monitor`` runs by."""
+
+    node: str
+    gateway: Gateway
+    tls: Tls
+    groups: dict[str, MonitorGroup]
+    state_dir: Path = Path("/var/lib/farshore")
+    runtime_dir: Path = Path("/run/farshore")
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_json: bool = False
+
+    def validate(self, where: str) -> None:
+        seen: dict[tuple[str, int], str] = {}
+        for name, group in self.groups.items():
+            for service in group.services:
+                key = (service.protocol, service.port)
+                if key in seen:
+                    raise ConfigError(
+                        f"groups.{name}.services",
+                        f"port {service.port}/{service.protocol} belongs to group {seen[key]!r} already",
+                    )
+                seen[key] = name
+
+
+def load(path: Path, kind: type[_T]) -> _T:
+    """Read ``path`` as a ``kind`` (NodeConfig or MonitorConfig); raises ConfigError."""
+    try:
+        data = yaml.safe_load(path.read_bytes())
+    except OSError as error:
+        raise ConfigError(str(path), error.strerror or str(error)) from error
+    except yaml.YAMLError as error:
+        raise ConfigError(str(path), f"is not YAML: {error}") from error
+    try:
+        return parse(data, kind)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error.args[0]}", error.args[1]) from None
+
+
+def parse(data: object, kind: type[_T]) -> _T:
+    """Turn plain data into ``kind``; raises ConfigError naming the key, the value and what is allowed."""
+    return typing.cast(_T, _convert(data, kind, ""))
+
+
+def _convert(data: Any, kind: Any, where: str) -> Any:
+    name = where or "configuration"
+    origin = typing.get_origin(kind)
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        return _dataclass(data, kind, where)
+    if origin in (Union, types.UnionType):
+        kinds = [k for k in typing.get_args(kind) if k is not type(None)]
+        return None if data is None else _convert(data, kinds[0], where)
+    if origin is Literal:
+        if data not in typing.get_args(kind):
+            allowed = ", ".join(map(repr, typing.get_args(kind)))
+            raise ConfigError(name, f"{data!r} is not allowed; allowed: {allowed}")
+        return data
+    if origin is tuple:
+        if not isinstance(data, (list, tuple)):
+            raise ConfigError(name, f"{data!r} is not a list")
+        item = typing.get_args(kind)[0]
+        return tuple(_convert(value, item, f"{where}[{i}]") for i, value in enumerate(data))
+    if origin is dict:
+        if not isinstance(data, dict):
+            raise ConfigError(name, f"{data!r} is not a mapping")
+        item = typing.get_args(kind)[1]
+        return {
+            _name(key, where): _convert(value, item, f"{where}.{key}".lstrip("."))
+            for key, value in data.items()
+        }
+    return _scalar(data, kind, name)
+
+
+def _scalar(data: Any, kind: Any, name: str) -> Any:
+    if kind is Path and isinstance(data, str):
+        return Path(data)
+    if kind is float and isinstance(data, int) and not isinstance(data, bool):
+        return float(data)
+    if kind in (int, float) and isinstance(data, bool):
+        raise ConfigError(name, f"{data!r} is not a number")
+    if not isinstance(data, kind):
+        words = {
+            int: "a whole number",
+            float: "a number",
+            str: "a text",
+            bool: "true or false",
+            Path: "a path",
+        }
+        raise ConfigError(name, f"{data!r} is not {words.get(kind, kind.__name__)}")
+    return data
+
+
+def _dataclass(data: Any, kind: Any, where: str) -> Any:
+    if not isinstance(data, dict):
+        raise ConfigError(where or "configuration", f"{data!r} is not a mapping")
+    hints = typing.get_type_hints(kind)
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    for key in data:
+        if key not in fields:
+            allowed = ", ".join(fields)
+            raise ConfigError(f"{where}.{key}".lstrip("."), f"is not a known key; allowed: {allowed}")
+    values = {}
+    for key, spec in fields.items():
+        below = f"{where}.{key}".lstrip(".")
+        if key in data:
+            values[key] = _convert(data[key], hints[key], below)
+        elif spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:
+            raise ConfigError(below, "is missing")
+    built = kind(**values)
+    if hasattr(built, "validate"):
+        built.validate(where)
+    return built
+
+
+def _name(value: object, where: str) -> str:
+    """Names of groups become directories and chain names, so their alphabet is narrow."""
+    text = value if isinstance(value, str) else ""
+    plain = text.replace("-", "").replace("_", "")
+    if not (plain.isascii() and plain.isalnum() and text[0].isalpha() and len(text) <= 20):
+        raise ConfigError(
+            f"{where}.{value}".lstrip("."),
+            "is not a name; allowed: up to 20 letters, digits, - and _, beginning with a letter",
+        )
+    return text
+
+
+def _address(where: str, value: str) -> None:
+    try:
+        netaddr.IPAddress(value)
+    except (netaddr.AddrFormatError, ValueError):
+        raise ConfigError(where, f"{value!r} is not an IP address") from None
+
+
+def _port(where: str, value: int) -> None:
+    if not 0 <= value <= 65535:
+        raise ConfigError(where, f"{value} is not a port in 1..65535")

@@ -1,0 +1,64 @@
+"""The wire between two nodes, and between a node and whoever controls it.
+
+A frame is a four-byte big-endian length and that many bytes of MessagePack, one tagged struct. Every
+field that arrives is treated as hostile: lengths are bounded before memory is taken, types are checked by
+the decoder, paths and epochs by whoever acts on them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+from typing import Generic, TypeVar
+
+import msgspec
+
+from farshore.errors import ProtocolError
+
+#: No frame is larger; content is cut into chunks well below it.
+MAX_FRAME = 1 << 20
+#: Bytes of content in one Chunk frame.
+CHUNK = 256 << 10
+PROTOCOL = 1
+
+_LENGTH = struct.Struct(">I")
+M = TypeVar("M")
+
+
+class Codec(Generic[M]):
+    """Encodes and decodes the frames of one direction: a union of tagged structs."""
+
+    def __init__(self, kinds: object) -> None:
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder: msgspec.msgpack.Decoder[M] = msgspec.msgpack.Decoder(kinds)
+
+    def encode(self, message: object) -> bytes:
+        """One frame; raises ProtocolError when it would be larger than MAX_FRAME."""
+        body = self._encoder.encode(message)
+        if len(body) > MAX_FRAME:
+            raise ProtocolError("this node", f"a frame of {len(body)} bytes is over {MAX_FRAME}")
+        return _LENGTH.pack(len(body)) + body
+
+    async def read(self, reader: asyncio.StreamReader, peer: str) -> M | None:
+        """The next message, None at the end of the stream; raises ProtocolError on anything malformed."""
+        try:
+            head = await reader.readexactly(4)
+        except asyncio.IncompleteReadError as error:
+            if error.partial:
+                raise ProtocolError(peer, "the stream ended within a frame") from None
+            return None
+        (length,) = _LENGTH.unpack(head)
+        if not 0 < length <= MAX_FRAME:
+            raise ProtocolError(peer, f"a frame of {length} bytes; allowed are 1..{MAX_FRAME}")
+        try:
+            body = await reader.readexactly(length)
+        except asyncio.IncompleteReadError:
+            raise ProtocolError(peer, "the stream ended within a frame") from None
+        return self.decode(body, peer)
+
+    def decode(self, body: bytes, peer: str) -> M:
+        """Decode a frame's body; raises ProtocolError naming what does not fit."""
+        try:
+            return self._decoder.decode(body)
+        except (msgspec.DecodeError, RecursionError) as error:
+            raise ProtocolError(peer, f"malformed frame: {error}") from None

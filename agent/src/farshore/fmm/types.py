@@ -1,0 +1,117 @@
+"""The small typed values that flow out of FMM, and the Watcher protocol behind which engines stand."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+
+class Kind(enum.Flag):
+    """What a hint says happened. Hints are never trusted: the state on disk is the truth."""
+
+    CREATED = enum.auto()
+    DELETED = enum.auto()
+    MODIFIED = enum.auto()
+    MOVED_FROM = enum.auto()
+    MOVED_TO = enum.auto()
+    ATTRIBUTES = enum.auto()
+    #: Everything below the path is in doubt: a new directory, an overflow, a resume.
+    RESCAN = enum.auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Root:
+    """One protected path of a group on this node.
+
+    ``path`` is absolute, a directory or a single file. ``include`` and ``exclude`` are gitignore
+    patterns relative to it; a path is protected when no exclude matches it or an include does.
+    """
+
+    path: bytes
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Hint:
+    """Something may have changed at ``path`` (relative to root number ``root``; b"" is the root itself)."""
+
+    root: int
+    path: bytes
+    kind: Kind
+
+
+class FileKind(enum.IntEnum):
+    """The type of a filesystem object, as it is stored in the index and sent on the wire."""
+
+    FILE = 1
+    DIRECTORY = 2
+    SYMLINK = 3
+    FIFO = 4
+    CHARACTER_DEVICE = 5
+    BLOCK_DEVICE = 6
+    SOCKET = 7
+
+
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """The state of one path as lstat, readlink and listxattr told it, all at about one moment.
+
+    Times are nanoseconds since the epoch, ``mode`` holds the permission bits only (07777),
+    ``blocks`` counts 512-byte units, ``xattrs`` is sorted by name and includes POSIX ACLs
+    (``system.posix_acl_access`` and ``_default``).
+    """
+
+    root: int
+    path: bytes
+    kind: FileKind
+    mode: int
+    uid: int
+    gid: int
+    size: int
+    atime_ns: int
+    mtime_ns: int
+    ctime_ns: int
+    dev: int
+    ino: int
+    nlink: int
+    rdev: int
+    blocks: int
+    target: bytes | None
+    xattrs: tuple[tuple[bytes, bytes], ...]
+
+
+class Watcher(Protocol):
+    """Reports that something changed under the roots it was made for.
+
+    All calls come from one thread, but for ``wake``, which any thread may call.
+    """
+
+    def start(self) -> Sequence[Hint]:
+        """Begin to watch; returns a RESCAN hint for each root, as what came before was not seen.
+
+        Raises WatchError when a root cannot be watched at all.
+        """
+
+    def read(self, timeout: float) -> Sequence[Hint]:
+        """Hints since the last call; blocks for at most ``timeout`` seconds for the first one."""
+
+    def drain(self) -> Sequence[Hint]:
+        """Every hint for changes made before the call; returns without waiting for more."""
+
+    def pause(self) -> None:
+        """Stop watching and give back the kernel's resources. Idempotent."""
+
+    def resume(self) -> Sequence[Hint]:
+        """Watch again; returns RESCAN hints that cover the gap. Idempotent."""
+
+    def wake(self) -> None:
+        """Make a blocked ``read`` return at once."""
+
+    def close(self) -> None:
+        """Release everything. Idempotent."""
+
+    def problems(self) -> Sequence[str]:
+        """What limits the view now, each with its remedy; empty when all is watched."""
