@@ -41,20 +41,8 @@ class Codec(Generic[M]):
 
     async def read(self, reader: asyncio.StreamReader, peer: str) -> M | None:
         """The next message, None at the end of the stream; raises ProtocolError on anything malformed."""
-        try:
-            head = await reader.readexactly(4)
-        except asyncio.IncompleteReadError as error:
-            if error.partial:
-                raise ProtocolError(peer, "the stream ended within a frame") from None
-            return None
-        (length,) = _LENGTH.unpack(head)
-        if not 0 < length <= MAX_FRAME:
-            raise ProtocolError(peer, f"a frame of {length} bytes; allowed are 1..{MAX_FRAME}")
-        try:
-            body = await reader.readexactly(length)
-        except asyncio.IncompleteReadError:
-            raise ProtocolError(peer, "the stream ended within a frame") from None
-        return self.decode(body, peer)
+        body = await read_frame(reader, peer)
+        return None if body is None else self.decode(body, peer)
 
     def decode(self, body: bytes, peer: str) -> M:
         """Decode a frame's body; raises ProtocolError naming what does not fit."""
@@ -62,3 +50,20 @@ class Codec(Generic[M]):
             return self._decoder.decode(body)
         except (msgspec.DecodeError, RecursionError) as error:
             raise ProtocolError(peer, f"malformed frame: {error}") from None
+
+
+async def read_frame(reader: asyncio.StreamReader, peer: str) -> bytes | None:
+    """The body of the next frame, None at the end of the stream; raises ProtocolError."""
+    try:
+        head = await reader.readexactly(4)
+    except asyncio.IncompleteReadError as error:
+        if error.partial:
+            raise ProtocolError(peer, "the stream ended within a frame") from None
+        return None
+    (length,) = _LENGTH.unpack(head)
+    if not 0 < length <= MAX_FRAME:
+        raise ProtocolError(peer, f"a frame of {length} bytes; allowed are 1..{MAX_FRAME}")
+    try:
+        return await reader.readexactly(length)
+    except asyncio.IncompleteReadError:
+        raise ProtocolError(peer, "the stream ended within a frame") from None

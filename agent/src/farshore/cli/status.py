@@ -1,0 +1,101 @@
+"""``farshore status``: how protected are you, now?"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+from collections.abc import Iterable, Sequence
+
+import msgspec
+
+from farshore.cli import daemon
+from farshore.control import api, client
+from farshore.errors import PeerUnreachable
+
+_TIMEOUT = 15.0
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the subcommand."""
+    parser = subparsers.add_parser(
+        "status",
+        help="how protected the groups are, now",
+        description="Shows the groups of the daemons on this machine: on a server who owns each group, how old the "
+        "oldest change is that is not yet on the other side (RPO), and what is on its way; on a gateway who "
+        "serves the users, and why.",
+    )
+    parser.add_argument("--json", action="store_true", help="print the whole state as JSON")
+    daemon.add_place(parser)
+    parser.set_defaults(func=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the state of every daemon that runs here; raises PeerUnreachable when there is none."""
+    where = daemon.directory(arguments)
+    answers = []
+    for name in (client.MONITOR_SOCKET, client.NODE_SOCKET):
+        if (where / name).exists():
+            answers.append(asyncio.run(client.ask_socket(where / name, api.StatusRequest(), _TIMEOUT)))
+    if not answers:
+        raise PeerUnreachable(f"a daemon of this machine in {where}", "no socket there; is farshore running?")
+    if arguments.json:
+        data = answers[0] if len(answers) == 1 else answers
+        sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode(data), indent=2) + b"\n")
+        return 0
+    for answer in answers:
+        for line in _describe(answer):
+            print(line)
+    return 0
+
+
+def _describe(answer: api.Answer) -> Iterable[str]:
+    if isinstance(answer, api.NodeStatus):
+        yield f"{answer.node}: farshore {answer.version}, up {_duration(answer.uptime)}"
+        rows = [("GROUP", "ROLE", "EPOCH", "STATE", "RPO", "BACKLOG", "UNITS", "")]
+        for group in answer.groups.values():
+            role = "owner" if group.owner == group.side and group.epoch else "replica"
+            rpo = "-" if group.rpo is None else _duration(group.rpo)
+            units = ", ".join(f"{unit.removesuffix('.service')} {state}" for unit, state in group.units.items())
+            rows.append(
+                (
+                    group.group,
+                    role,
+                    str(group.epoch),
+                    group.state,
+                    rpo,
+                    str(group.backlog_paths),
+                    units or "-",
+                    group.reason,
+                )
+            )
+        yield from _table(rows)
+        for group in answer.groups.values():
+            for problem in group.problems:
+                yield f"  ! {group.group}: {problem}"
+    elif isinstance(answer, api.MonitorStatus):
+        yield f"{answer.node}: farshore {answer.version}, up {_duration(answer.uptime)}, tunnel {answer.tunnel}"
+        rows = [("GROUP", "PHASE", "SERVED BY", "EPOCH", "SERVICES", "")]
+        for switch in answer.groups.values():
+            health = ", ".join(
+                f"{each.service} {'?' if each.healthy is None else 'up' if each.healthy else 'down'}"
+                for each in switch.health
+            )
+            rows.append((switch.group, switch.phase, switch.served_by, str(switch.epoch), health or "-", switch.reason))
+        yield from _table(rows)
+
+
+def _table(rows: Sequence[Sequence[str]]) -> Iterable[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        yield "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.2f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes = int(seconds // 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24} days"

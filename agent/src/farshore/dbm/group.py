@@ -1,0 +1,443 @@
+"""One protection group on one node: source or replica, as the owner and the epoch say."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import secrets
+import ssl
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+from farshore.config import NodeGroup, Side
+from farshore.control import units
+from farshore.control.api import GroupStatus
+from farshore.dbm import receiver, wire
+from farshore.dbm.index import Index
+from farshore.dbm.messages import Hello, Refused, Welcome
+from farshore.dbm.record import Record, load, store
+from farshore.dbm.sender import Sender
+from farshore.errors import FarshoreError, NotInTime, StaleEpoch
+from farshore.fmm.dirty import DirtySet
+from farshore.fmm.factory import make_watcher
+from farshore.fmm.feed import Feed
+from farshore.fmm.types import Root
+from farshore.log import Log
+
+_log = Log(__name__)
+_BARRIER_SECONDS = 60.0
+
+
+class NotOwner(FarshoreError):
+    """Group {0} is owned by the {1} side; this node is its {2} side"""
+
+    exit_code = 24
+
+
+class OwnerDiffers(FarshoreError):
+    """Group {0}: epoch {1} belongs to the {2} side already"""
+
+    exit_code = 25
+
+
+class Paused(FarshoreError):
+    """Group {0} is paused"""
+
+    exit_code = 26
+
+
+class Group:
+    """Runs ``config`` on this node, with its state below ``state``. All methods belong to the event loop."""
+
+    def __init__(self, name: str, config: NodeGroup, context: ssl.SSLContext, state: Path) -> None:
+        self.name = name
+        self.config = config
+        self._context = context
+        self._state = state
+        self._record_path = state / "group.json"
+        state.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._record = load(self._record_path)
+        self._roots = [
+            (item.source, Root(os.fsencode(item.path).rstrip(b"/"), item.include, item.exclude))
+            for item in config.paths
+        ]
+        self._change = asyncio.Lock()
+        self._dirty = DirtySet()
+        self._feed: Feed | None = None
+        self._sender: Sender | None = None
+        self._sender_task: asyncio.Task[None] | None = None
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix=f"replica-{name}")
+        self._applier: receiver.Applier | None = None
+        self._session: asyncio.Task[None] | None = None
+        self._aside_index: Index | None = None
+        self._confirmed = False
+        self._paused = False
+        self._fenced_by = 0
+        self._received = 0
+        self._replica_problems: dict[str, None] = {}
+        self._kept_aside = 0
+
+    @property
+    def owns(self) -> bool:
+        """True when this node's data is the truth for the group."""
+        return self._record.epoch > 0 and self._record.owner == self.config.side
+
+    @property
+    def epoch(self) -> int:
+        """The highest epoch known here."""
+        return self._record.epoch
+
+    # --- life
+
+    async def start(self) -> None:
+        """Take up the role that is on record."""
+        if self.owns:
+            self._start_source()
+            if self.config.side == "remote" and not self._record.frozen:
+                # On the backup server the units are not started at boot, so that they never run beside the owner.
+                with contextlib.suppress(FarshoreError):
+                    await units.start(self.config.units)
+
+    async def stop(self) -> None:
+        """End all work; the role stays on record."""
+        async with self._change:
+            await self._stop_source()
+            await self._stop_replica()
+            self._worker.shutdown(wait=True)
+
+    def _start_source(self) -> None:
+        self._dirty = DirtySet()
+        self._sender = Sender(
+            self.name,
+            self._record.epoch,
+            self.config.peer,
+            self._context,
+            self._roots,
+            self._state / "index.db",
+            self._dirty,
+            self._on_confirmed,
+            self._on_stale,
+        )
+        watcher = make_watcher("auto", [root for _, root in self._roots])
+        self._feed = Feed(watcher, self._dirty, self._sender.wake)
+        self._feed.start()
+        self._sender_task = asyncio.create_task(self._sender.run(), name=f"send {self.name}")
+        self._sender_task.add_done_callback(self._sender_ended)
+
+    def _sender_ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _log.error("the sender ended", error, group=self.name)
+            if self._sender is not None:
+                self._sender.reason = f"internal error: {error}"
+
+    async def _stop_source(self) -> None:
+        task, self._sender_task = self._sender_task, None
+        if task is not None:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError, Exception):
+                await task
+        feed, self._feed = self._feed, None
+        if feed is not None:
+            await asyncio.to_thread(feed.close)
+        self._sender = None
+        self._paused = False
+
+    async def _stop_replica(self) -> None:
+        session, self._session = self._session, None
+        if session is not None:
+            session.cancel()
+            with contextlib.suppress(asyncio.CancelledError, Exception):
+                await session
+        await asyncio.get_running_loop().run_in_executor(self._worker, self._close_applier)
+
+    def _on_confirmed(self) -> None:
+        self._confirmed = True
+        self._fenced_by = 0
+
+    def _on_stale(self, epoch: int) -> None:
+        """The other side has a newer epoch: this server came back from the dead. It must not serve stale data."""
+        _log.warning("fenced: the other side has a newer epoch", group=self.name, mine=self.epoch, theirs=epoch)
+        self._fenced_by = epoch
+        task = asyncio.create_task(self._stop_units())
+        self._fencing = task
+
+    async def _stop_units(self) -> None:
+        try:
+            await units.stop(self.config.units)
+        except FarshoreError as error:
+            _log.error("fencing", error, group=self.name)
+
+    def _store(self, record: Record) -> None:
+        store(self._record_path, record)
+        self._record = record
+
+    # --- what may be asked
+
+    async def set_owner(self, owner: Side, epoch: int, with_units: bool) -> str:
+        """Take up a role at ``epoch``; raises StaleEpoch, OwnerDiffers, or HookFailed of the units. Idempotent."""
+        async with self._change:
+            if epoch < self._record.epoch or epoch < 1:
+                raise StaleEpoch(self.name, epoch, self._record.epoch)
+            if epoch == self._record.epoch and owner != self._record.owner:
+                raise OwnerDiffers(self.name, epoch, self._record.owner)
+            mine = owner == self.config.side
+            if epoch > self._record.epoch:
+                await (self._become_owner(epoch, with_units) if mine else self._become_replica(epoch, with_units))
+            elif with_units and mine and not self._record.frozen:
+                await units.start(self.config.units)
+            elif with_units and not mine:
+                await units.stop(self.config.units)
+            self._on_confirmed()
+            return f"{owner} owns {self.name} at epoch {epoch}"
+
+    async def _become_owner(self, epoch: int, with_units: bool) -> None:
+        was_owner = self.owns
+        await self._stop_source()
+        await self._stop_replica()
+        keep = self._record.keep_aside if was_owner else True
+        self._store(
+            replace(self._record, epoch=epoch, owner=self.config.side, frozen=False, keep_aside=keep, lineage="")
+        )
+        _log.info("owner", group=self.name, epoch=epoch)
+        if with_units:
+            await units.start(self.config.units)
+        self._start_source()
+
+    async def _become_replica(self, epoch: int, with_units: bool) -> None:
+        was_owner = self.owns
+        if with_units:
+            await units.stop(self.config.units)
+        await self._stop_source()
+        await self._stop_replica()
+        other: Side = "remote" if self.config.side == "local" else "local"
+        record = replace(self._record, epoch=epoch, owner=other, frozen=False)
+        if was_owner or not record.lineage:
+            record = replace(record, lineage=secrets.token_hex(16), synced_once=False, keep_aside=True)
+        self._store(record)
+        self._kept_aside = 0
+        _log.info("replica", group=self.name, epoch=epoch)
+
+    async def freeze(self, epoch: int, timeout: float) -> str:
+        """Stop the units and return when all is durable on the other side; raises what ``flush`` raises."""
+        started = time.monotonic()
+        async with self._change:
+            self._check_current(epoch)
+            if not self._record.frozen:
+                self._store(replace(self._record, frozen=True))
+            await units.stop(self.config.units)
+        await self.flush(max(0.1, timeout - (time.monotonic() - started)))
+        return f"{self.name} is frozen and durable on {self.config.peer.node}"
+
+    async def thaw(self, epoch: int) -> str:
+        """Take a freeze back."""
+        async with self._change:
+            self._check_current(epoch)
+            if self._record.frozen:
+                self._store(replace(self._record, frozen=False))
+            await units.start(self.config.units)
+        return f"{self.name} runs again"
+
+    def _check_current(self, epoch: int) -> None:
+        if epoch != self._record.epoch:
+            raise StaleEpoch(self.name, epoch, self._record.epoch)
+        if not self.owns:
+            raise NotOwner(self.name, self._record.owner, self.config.side)
+
+    async def flush(self, timeout: float) -> str:
+        """Return when all changes made before the call are durable on the other side.
+
+        Raises NotOwner, Paused, or NotInTime with what is missing.
+        """
+        sender, feed = self._sender, self._feed
+        if sender is None or feed is None:
+            raise NotOwner(self.name, self._record.owner, self.config.side)
+        if self._paused:
+            raise Paused(self.name)
+        started = time.monotonic()
+        try:
+            async with asyncio.timeout(min(timeout, _BARRIER_SECONDS)):
+                mark = await asyncio.wrap_future(feed.barrier())
+        except TimeoutError:
+            raise NotInTime(f"flush of group {self.name}", timeout, "the watcher is still starting") from None
+        await sender.wait_durable(mark, max(0.05, timeout - (time.monotonic() - started)))
+        return f"all of {self.name} is durable on {self.config.peer.node}"
+
+    async def pause(self) -> str:
+        """Stop watching and sending until ``resume``."""
+        async with self._change:
+            if self._feed is None:
+                raise NotOwner(self.name, self._record.owner, self.config.side)
+            self._paused = True
+            await asyncio.wrap_future(self._feed.pause())
+        return f"{self.name} is paused"
+
+    async def resume(self) -> str:
+        """Watch and send again; what changed in between is found."""
+        async with self._change:
+            if self._feed is None:
+                raise NotOwner(self.name, self._record.owner, self.config.side)
+            await asyncio.wrap_future(self._feed.resume())
+            self._paused = False
+        return f"{self.name} is watched again"
+
+    # --- as replica
+
+    async def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, peer: str, hello: Hello) -> None:
+        """Serve the source's stream; a stream that was served before is ended, as its peer has come anew."""
+        refusal = self._refusal(hello)
+        if refusal is not None:
+            writer.write(receiver.CODEC.encode(refusal))
+            return
+        async with self._change:
+            await self._stop_replica()
+            refusal = self._refusal(hello)
+            if refusal is not None:
+                writer.write(receiver.CODEC.encode(refusal))
+                return
+            self._session = asyncio.current_task()
+            loop = asyncio.get_running_loop()
+            applier = await loop.run_in_executor(self._worker, self._open_applier)
+        self._on_confirmed()
+        writer.write(receiver.CODEC.encode(Welcome(wire.PROTOCOL, bytes.fromhex(self._record.lineage))))
+        _log.info("receiving", group=self.name, source=peer, epoch=hello.epoch)
+        try:
+            await receiver.serve(reader, writer, peer, applier, self, self._worker)
+        finally:
+            if self._session is asyncio.current_task():
+                self._session = None
+            _log.info("the source's stream ended", group=self.name, source=peer)
+
+    def _refusal(self, hello: Hello) -> Refused | None:
+        epoch = self._record.epoch
+        if hello.protocol != wire.PROTOCOL:
+            return Refused(f"protocol {hello.protocol}; this node speaks {wire.PROTOCOL}", False, epoch)
+        names = [name for name, _ in self._roots]
+        if hello.roots != names:
+            return Refused(f"paths {hello.roots} are sent, but {names} are configured here", False, epoch)
+        if hello.epoch < epoch or (hello.epoch == epoch and self.owns):
+            return Refused(f"epoch {hello.epoch} is older than {epoch}", True, epoch)
+        if hello.epoch > epoch:
+            return Refused(f"epoch {hello.epoch} has not been announced here; known is {epoch}", False, epoch)
+        return None
+
+    def _open_applier(self) -> receiver.Applier:
+        if self._applier is None:
+            self._applier = receiver.Applier(self._roots, self._state)
+            index = self._state / "index.db"
+            if self._record.keep_aside:
+                self._aside_index = Index(index) if index.exists() else None
+                self._applier.keep_aside(self._state / "aside" / f"epoch-{self._record.epoch}", self._only_here)
+        return self._applier
+
+    def _close_applier(self) -> None:
+        applier, self._applier = self._applier, None
+        if applier is not None:
+            self._kept_aside = max(self._kept_aside, applier.kept_aside)
+            applier.close()
+        if self._aside_index is not None:
+            self._aside_index.close()
+            self._aside_index = None
+
+    def _only_here(self, root: int, path: bytes, there: os.stat_result) -> bool:
+        """True unless the other side acknowledged just this state when this node was the source."""
+        known = self._aside_index.get(root, path) if self._aside_index is not None else None
+        return known is None or (known.size, known.mtime_ns, known.ino) != (
+            there.st_size,
+            there.st_mtime_ns,
+            there.st_ino,
+        )
+
+    def _end_aside(self) -> None:
+        if self._applier is not None:
+            self._kept_aside = max(self._kept_aside, self._applier.kept_aside)
+            self._applier.keep_aside(None, self._only_here)
+        if self._aside_index is not None:
+            self._aside_index.close()
+            self._aside_index = None
+
+    # Gate of the receiver
+
+    def check_epoch(self, epoch: int) -> None:
+        """Raises StaleEpoch when this node is not the replica of a source at ``epoch``."""
+        if epoch != self._record.epoch or self.owns:
+            raise StaleEpoch(self.name, epoch, self._record.epoch)
+
+    def received(self, size: int) -> None:
+        """Count what was committed."""
+        self._received += size
+
+    def in_step(self) -> None:
+        """The source has sent everything: this tree can stand in for it."""
+        if not self._record.synced_once or self._record.keep_aside:
+            self._store(replace(self._record, synced_once=True, keep_aside=False))
+            self._worker.submit(self._end_aside)
+            _log.info("in step with the source", group=self.name)
+
+    def problem(self, texts: list[str]) -> None:
+        """Remember what metadata could not be kept."""
+        for text in texts:
+            if text not in self._replica_problems:
+                _log.warning("not kept", group=self.name, what=text)
+            self._replica_problems[text] = None
+
+    # --- status
+
+    async def status(self) -> GroupStatus:
+        """How the group is on this node."""
+        sender = self._sender
+        oldest = self._dirty.oldest() if sender is not None else None
+        problems = list(self._replica_problems)
+        if sender is not None:
+            problems += sender.problems() + (self._feed.problems() if self._feed else [])
+        kept = max(self._kept_aside, self._applier.kept_aside if self._applier else 0)
+        if kept:
+            problems.append(f"{kept} files that only this side had are kept in {self._state / 'aside'}")
+        state, reason = self._state_and_reason()
+        return GroupStatus(
+            group=self.name,
+            side=self.config.side,
+            owner=self._record.owner,
+            epoch=self._record.epoch,
+            state=state,
+            reason=reason,
+            connected=sender.connected if sender is not None else self._session is not None,
+            in_step=sender.in_step and not self._paused if sender is not None else False,
+            rpo=None if sender is None else (0.0 if oldest is None else max(0.0, time.monotonic() - oldest)),
+            backlog_paths=self._dirty.count() if sender is not None else 0,
+            seq=sender.seq if sender is not None else 0,
+            sent_bytes=sender.sent_bytes if sender is not None else 0,
+            units=await units.states(self.config.units),
+            problems=problems,
+            synced_once=self._record.synced_once,
+        )
+
+    def _state_and_reason(self) -> tuple[str, str]:
+        peer = self.config.peer.node
+        if self._record.epoch == 0:
+            return "unconfirmed", "no gateway has said yet who owns the group"
+        if self._fenced_by:
+            return "fenced", f"epoch {self._record.epoch} is over: {peer} has epoch {self._fenced_by}"
+        sender = self._sender
+        if sender is None:
+            if self.owns:
+                return "error", "not sending"
+            return "replica", f"receiving from {peer}" if self._session else f"waiting for {peer}"
+        if self._paused:
+            return "paused", "paused by the administrator"
+        if self._record.frozen:
+            return "frozen", "units are stopped for a switch"
+        if not sender.connected and not sender.comparing:
+            return ("disconnected" if self._confirmed else "unconfirmed"), sender.reason
+        if sender.comparing or not sender.compared:
+            return "syncing", f"comparing with {peer} in full, {self._dirty.count()} paths to go"
+        if self.in_step_now:
+            return "replicating", f"{peer} has everything"
+        return "replicating", f"{self._dirty.count()} paths on their way to {peer}"
+
+    @property
+    def in_step_now(self) -> bool:
+        """True when everything seen so far is durable on the other side."""
+        return self._sender is not None and self._sender.in_step

@@ -1,0 +1,256 @@
+"""What source and replica of one group say to each other.
+
+One connection carries one group, so that a group that is slow, held or paused never stands in the way of another:
+TCP does the multiplexing and the back-pressure. The source leads; the replica answers. A transaction is ``Begin``,
+its operations (a ``Patch`` is followed by the ``Chunk`` frames of its delta), and ``Commit``.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+#: A file up to this size travels whole within its Put; above it, as a delta stream in chunks.
+INLINE_MAX = 64 << 10
+
+
+class _Message(msgspec.Struct, frozen=True, tag_field="t", array_like=True, forbid_unknown_fields=True):
+    """Common settings: arrays instead of maps, as names of fields would outweigh small operations."""
+
+
+class Meta(msgspec.Struct, frozen=True, array_like=True):
+    """Metadata of a path: permission bits, numeric owner and group, times in ns, xattrs sorted by name."""
+
+    mode: int
+    uid: int
+    gid: int
+    atime_ns: int
+    mtime_ns: int
+    xattrs: list[tuple[bytes, bytes]]
+
+
+# --- operations: each describes a state to reach, so that doing one twice does no harm ---------------
+
+
+class MakeDir(_Message, frozen=True, tag="d"):
+    """``path`` is a directory with this metadata; what else stood there is removed."""
+
+    root: int
+    path: bytes
+    meta: Meta
+
+
+class Put(_Message, frozen=True, tag="f"):
+    """``path`` is a file with this content."""
+
+    root: int
+    path: bytes
+    meta: Meta
+    data: bytes
+
+
+class Patch(_Message, frozen=True, tag="p"):
+    """``path`` is a file with the content that the delta stream in the following chunks builds.
+
+    With ``based``, the delta refers to what ``path`` holds on the replica now.
+    """
+
+    root: int
+    path: bytes
+    meta: Meta
+    based: bool
+    sparse: bool
+
+
+class MakeSymlink(_Message, frozen=True, tag="s"):
+    """``path`` is a symbolic link to ``target``."""
+
+    root: int
+    path: bytes
+    meta: Meta
+    target: bytes
+
+
+class MakeNode(_Message, frozen=True, tag="n"):
+    """``path`` is a fifo or a device node; ``kind`` is a FileKind, ``rdev`` a device number."""
+
+    root: int
+    path: bytes
+    meta: Meta
+    kind: int
+    rdev: int
+
+
+class Link(_Message, frozen=True, tag="l"):
+    """``path`` is another name of the file at ``to`` in the same root."""
+
+    root: int
+    path: bytes
+    to: bytes
+
+
+class Move(_Message, frozen=True, tag="m"):
+    """What is at ``path`` is at ``to`` from now on, replacing a file there."""
+
+    root: int
+    path: bytes
+    to: bytes
+
+
+class Remove(_Message, frozen=True, tag="r"):
+    """Nothing is at ``path``; a directory goes with all that is below it."""
+
+    root: int
+    path: bytes
+
+
+class SetMeta(_Message, frozen=True, tag="a"):
+    """``path`` has this metadata."""
+
+    root: int
+    path: bytes
+    meta: Meta
+
+
+Operation = MakeDir | Put | Patch | MakeSymlink | MakeNode | Link | Move | Remove | SetMeta
+
+
+# --- source to replica -------------------------------------------------------------------------------
+
+
+class Hello(_Message, frozen=True, tag="hello"):
+    """Opens a group's stream; ``roots`` are the protected paths by the names that the configuration gives them."""
+
+    protocol: int
+    group: str
+    epoch: int
+    roots: list[str]
+
+
+class ListTree(_Message, frozen=True, tag="list?"):
+    """Tell all that is in the replica's tree, with digests: the source does not know it."""
+
+
+class WantSignature(_Message, frozen=True, tag="sign?"):
+    """The signature exchange of the paper: send the signature of the file at ``path``."""
+
+    root: int
+    path: bytes
+
+
+class Begin(_Message, frozen=True, tag="begin"):
+    """A transaction starts; the replica refuses another epoch than its own."""
+
+    epoch: int
+    seq: int
+
+
+class Chunk(_Message, frozen=True, tag="c"):
+    """A piece of a delta stream or of a signature."""
+
+    data: bytes
+    last: bool
+
+
+class Commit(_Message, frozen=True, tag="commit"):
+    """The transaction is complete: make it durable, apply it, acknowledge it."""
+
+    seq: int
+
+
+class InStep(_Message, frozen=True, tag="in-step"):
+    """Since the last full comparison, the replica has received everything."""
+
+
+class Ping(_Message, frozen=True, tag="ping"):
+    """Are you there?"""
+
+
+FromSource = (
+    Hello
+    | ListTree
+    | WantSignature
+    | Begin
+    | Chunk
+    | Commit
+    | InStep
+    | Ping
+    | MakeDir
+    | Put
+    | Patch
+    | MakeSymlink
+    | MakeNode
+    | Link
+    | Move
+    | Remove
+    | SetMeta
+)
+
+# --- replica to source -------------------------------------------------------------------------------
+
+
+class Welcome(_Message, frozen=True, tag="welcome"):
+    """``lineage`` names the state of this replica's tree: a source that knows another one compares in full."""
+
+    protocol: int
+    lineage: bytes
+
+
+class Refused(_Message, frozen=True, tag="refused"):
+    """The stream is not accepted; ``epoch`` and ``owner`` are what the replica knows."""
+
+    reason: str
+    stale: bool
+    epoch: int
+
+
+class Ack(_Message, frozen=True, tag="ack"):
+    """Transaction ``seq`` is durable; ``problems`` names metadata that could not be kept, once per cause."""
+
+    seq: int
+    problems: list[str]
+
+
+class Nak(_Message, frozen=True, tag="nak"):
+    """Transaction ``seq`` was not taken.
+
+    With ``unknown_base``, what the source believes of ``path`` is wrong: it must forget it and send anew. Otherwise
+    the cause is the replica's (a full disk, for example) and the same transaction may succeed later.
+    """
+
+    seq: int
+    root: int
+    path: bytes
+    reason: str
+    unknown_base: bool
+
+
+class Entry(msgspec.Struct, frozen=True, array_like=True):
+    """One path of the replica's tree; ``digest`` is BLAKE3-256 of a file's content."""
+
+    root: int
+    path: bytes
+    kind: int
+    meta: Meta
+    size: int
+    nlink: int
+    rdev: int
+    target: bytes | None
+    digest: bytes | None
+
+
+class Entries(_Message, frozen=True, tag="entries"):
+    """A part of the answer to ListTree, parents before children."""
+
+    entries: list[Entry]
+    last: bool
+
+
+class NoSignature(_Message, frozen=True, tag="no-sign"):
+    """There is no file at the path that a signature was wanted of."""
+
+
+class Pong(_Message, frozen=True, tag="pong"):
+    """I am here."""
+
+
+FromReplica = Welcome | Refused | Ack | Nak | Entries | Chunk | NoSignature | Pong

@@ -1,0 +1,66 @@
+"""What a node remembers of a group across restarts: who owns it, at which epoch, and in which lineage."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from farshore.config import Side
+from farshore.errors import StateError
+
+_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """``epoch`` 0: nobody has said yet who owns the group.
+
+    ``lineage`` (hex) names the history of this node's tree as a replica; a source that knows another compares in
+    full. ``keep_aside``: until the first full comparison is done, what nobody else has is kept before it is
+    overwritten. ``frozen``: the owner's units were stopped for a switch.
+    """
+
+    epoch: int = 0
+    owner: Side = "local"
+    lineage: str = ""
+    synced_once: bool = False
+    keep_aside: bool = True
+    frozen: bool = False
+
+
+def load(path: Path) -> Record:
+    """Read a record, the default one when there is none; raises StateError when it is damaged."""
+    try:
+        data = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return Record()
+    except (OSError, ValueError) as error:
+        raise StateError(str(path), f"is damaged: {error}") from error
+    if not isinstance(data, dict) or data.pop("version", None) != _VERSION:
+        raise StateError(str(path), f"is not of version {_VERSION}")
+    try:
+        return Record(**data)
+    except TypeError as error:
+        raise StateError(str(path), f"is damaged: {error}") from error
+
+
+def store(path: Path, record: Record) -> None:
+    """Replace the record durably: after a crash it is the old one or the new one."""
+    write_durably(path, json.dumps(asdict(record) | {"version": _VERSION}).encode())
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Write a small file so that after a crash it holds either what it held or ``data``."""
+    temporary = path.with_name(path.name + ".new")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.rename(temporary, path)
+    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)

@@ -1,0 +1,1055 @@
+"""The inotify engine. The only file that knows pyinotify.
+
+pyinotify gives the system calls, the constants and the kernel's limits. Two of its parts are not
+used, because they would lose changes: its watch manager keeps a path per watch, which is wrong for
+all of a subtree once a directory above was renamed, and its reader decodes names strictly, so that
+one undecodable name ends it. Here a watch knows its parent and its own name, and names stay bytes.
+
+How the map of watches stays true, although events tell of the past and the disk has moved on:
+
+- A directory is known by its watch, not by its path: adding a watch again to the same inode gives
+  the same number. So whatever a path leads to can be recognised, exactly, at any time.
+- An event about a subdirectory is only a reason to look at that name now and make the map agree.
+  Before that, the directory above is opened by the path that the map gives and recognised. Where it
+  is not the right one, later events about that path are still to come: it is looked at again then.
+- A watch is added first, then the directory is listed through the same descriptor. Each newly
+  watched directory is reported as RESCAN, so what happened in it before the watch is covered.
+- A directory that is gone from its place keeps its watches for a moment. When it turns up again, as
+  after a rename, it is put back with all that hangs below; if not, its watches are removed.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import errno
+import fcntl
+import itertools
+import logging
+import os
+import select
+import stat
+import struct
+import termios
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from farshore.fmm.errors import WatchError
+from farshore.fmm.patterns import Filter
+from farshore.fmm.scanner import ABSENT, open_beneath
+from farshore.fmm.types import Hint, Kind, Root
+from farshore.log import Log
+
+with warnings.catch_warnings():
+    # It imports asyncore, which is deprecated and which we do not use.
+    warnings.simplefilter("ignore", DeprecationWarning)
+    import pyinotify
+
+# It installs a handler of its own on import; its records belong into our log.
+logging.getLogger("pyinotify").handlers.clear()
+
+log = Log(__name__)
+
+_CREATE: int = pyinotify.IN_CREATE
+_DELETE: int = pyinotify.IN_DELETE
+_FROM: int = pyinotify.IN_MOVED_FROM
+_TO: int = pyinotify.IN_MOVED_TO
+_ATTRIB: int = pyinotify.IN_ATTRIB
+_MODIFY: int = pyinotify.IN_MODIFY
+# A file written through mmap reports nothing until it is unmapped and so finally closed.
+_CLOSE: int = pyinotify.IN_CLOSE_WRITE
+_ACCESS: int = pyinotify.IN_ACCESS
+_ISDIR: int = pyinotify.IN_ISDIR
+_IGNORED: int = pyinotify.IN_IGNORED
+_UNMOUNT: int = pyinotify.IN_UNMOUNT
+_OVERFLOW: int = pyinotify.IN_Q_OVERFLOW
+_GONE: int = pyinotify.IN_DELETE_SELF | pyinotify.IN_MOVE_SELF | _UNMOUNT | _IGNORED
+_ENTRY = _CREATE | _DELETE | _FROM | _TO
+_EVENTS = _ENTRY | _ATTRIB | _MODIFY | _CLOSE | _ACCESS
+
+# Symlinks are not followed by the way in which directories are opened (O_NOFOLLOW); IN_DONT_FOLLOW
+# would make the kernel stop at /proc/self/fd's own link.
+_MASK: int = (
+    _ENTRY
+    | _ATTRIB
+    | _MODIFY
+    | _CLOSE
+    | pyinotify.IN_DELETE_SELF
+    | pyinotify.IN_MOVE_SELF
+    | pyinotify.IN_ONLYDIR
+    | pyinotify.IN_EXCL_UNLINK
+)
+
+_KINDS = {
+    _CREATE: Kind.CREATED,
+    _DELETE: Kind.DELETED,
+    _FROM: Kind.MOVED_FROM,
+    _TO: Kind.MOVED_TO,
+    _ATTRIB: Kind.ATTRIBUTES,
+    _MODIFY: Kind.MODIFIED,
+    _CLOSE: Kind.MODIFIED,
+    _ACCESS: Kind.ATTRIBUTES,
+}
+
+
+class _Bits(dict[int, int]):
+    """From an event's mask to the kinds of a hint; one event may carry several (a chown that truncates)."""
+
+    def __missing__(self, mask: int) -> int:
+        kinds = [kind.value for one, kind in _KINDS.items() if mask & one]
+        self[mask] = sum(set(kinds)) or Kind.ATTRIBUTES.value
+        return self[mask]
+
+
+_BITS = _Bits()
+_RESCAN: int = Kind.RESCAN.value
+#: A directory whose entries changed has a new modification time.
+_PARENT: int = (Kind.MODIFIED | Kind.ATTRIBUTES).value
+
+# struct inotify_event (inotify(7)): wd, mask, cookie, length of the name with its padding.
+_HEADER = struct.Struct("iIII")
+_CHUNK = 1 << 18
+_OPEN = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_PATH_LIMIT = 4000
+#: How many descriptors a descent holds open; deeper directories are opened again by their path.
+_DEPTH = 48
+
+#: Seconds between looks at the roots, between RESCANs of what cannot be watched, and for which a
+#: directory that vanished from its place keeps its watches.
+_ROOT_INTERVAL = 1.0
+_RESCAN_INTERVAL = 30.0
+_GRACE = 1.0
+
+_REMEDIES = {
+    errno.ENOSPC: "the limit on watches is reached ({watches}); raise it: sysctl -w fs.inotify.max_user_watches={more}",
+    errno.ENOMEM: "the kernel has no memory for more watches; give the machine more memory",
+    errno.EMFILE: "too many open files; raise LimitNOFILE of the unit",
+    errno.ENOENT: "it does not exist: deleted, moved away or not mounted; put it back",
+    errno.EACCES: "permission denied; let the agent read it (CAP_DAC_READ_SEARCH)",
+}
+# What is seen then, an empty mount point perhaps, may not be what is protected.
+_OTHER_FILESYSTEM = (
+    "it lies on another filesystem than before; mount the right one, or restart the agent if this one is right"
+)
+
+
+class _Node:
+    """A watched directory. ``owner``, ``base`` are where it lies, as of ``generation``."""
+
+    __slots__ = ("base", "children", "generation", "name", "owner", "parent", "top_of", "unwatched", "wd")
+
+    def __init__(self, wd: int) -> None:
+        self.wd = wd
+        self.parent: _Node | None = None
+        self.name = b""
+        self.children: dict[bytes, _Node] = {}
+        #: Subdirectories that cannot be watched, each with the reason.
+        self.unwatched: dict[bytes, str] | None = None
+        #: The root whose own directory this is.
+        self.top_of: _Protected | None = None
+        self.generation = -1
+        self.owner: _Protected | None = None
+        self.base = b""
+
+
+class _Protected:
+    """What is known about one root."""
+
+    __slots__ = (
+        "device",
+        "filter",
+        "identity",
+        "index",
+        "is_file",
+        "marks",
+        "name",
+        "parent",
+        "parent_wd",
+        "path",
+        "plain",
+        "problem",
+        "rescan_at",
+        "top",
+    )
+
+    def __init__(self, index: int, root: Root) -> None:
+        self.index = index
+        self.path = root.path.rstrip(b"/") or b"/"
+        self.parent = os.path.dirname(self.path)
+        self.name = os.path.basename(self.path)
+        self.filter = Filter(root)
+        self.plain = self.filter.plain
+        self.top: _Node | None = None
+        #: A single file is watched through the directory that holds it: its inode changes.
+        self.is_file = False
+        self.parent_wd = -1
+        self.identity = (0, 0)
+        #: Of the filesystem it lay on when it was watched first.
+        self.device = 0
+        self.problem: str | None = None
+        self.rescan_at = 0.0
+        self.marks: dict[bytes, int] = {}
+
+    @property
+    def watched(self) -> bool:
+        return self.top is not None or self.parent_wd >= 0
+
+    def mark(self, path: bytes, bits: int) -> None:
+        self.marks[path] = self.marks.get(path, 0) | bits
+
+
+class InotifyWatcher:
+    """Watches directory trees and single files with inotify (the Watcher protocol of ``types``).
+
+    A hint of MOVED_FROM or DELETED for a directory carries RESCAN, as does each new directory: a
+    RESCAN covers all that lies, or lay, below. ``read`` reports each path at most once per call, its
+    kinds joined.
+
+    What inotify cannot tell, so that a periodic scan must: writes through a mapping that is never
+    unmapped; a change through another hard link, which is reported for the name that was used only;
+    a filesystem mounted over a directory below a root; changes that other machines make on a
+    network filesystem.
+
+    ``reads`` also reports (as ATTRIBUTES) files that were only read. ``clock`` is a monotonic clock.
+    Raises WatchError for roots that lie in each other and for patterns that are wrong.
+    """
+
+    def __init__(
+        self, roots: Sequence[Root], *, reads: bool = False, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        for root in roots:
+            if not root.path.startswith(b"/"):
+                raise WatchError(root.path, "the path is not absolute")
+        self._roots = [_Protected(index, root) for index, root in enumerate(roots)]
+        # A renamed directory can keep its watches as they are only where no pattern could decide
+        # otherwise under the new name.
+        self._plain = all(root.plain for root in self._roots)
+        self._mask = _MASK | (_ACCESS if reads else 0)
+        self._clock = clock
+        self._state = "new"
+        self._system: Any = None
+        self._fd = -1
+        self._trouble: str | None = None
+        self._problems: tuple[str, ...] = ()
+        self._problems_changed = False
+        self._nodes: dict[int, _Node] = {}
+        self._parents: dict[int, dict[bytes, _Protected]] = {}
+        self._generation = 0
+        #: Directories out of their place, each with the time at which it was lost sight of.
+        self._orphans: dict[_Node, float] = {}
+        #: Directories whose entries must be compared with the map once their path is right again.
+        self._unsure: dict[_Node, None] = {}
+        #: Directories with subdirectories that cannot be watched.
+        self._short: dict[_Node, None] = {}
+        self._check_now = False
+        self._exhausted = False
+        self._next_check = 0.0
+        self._next_rescan = 0.0
+        self._wake_lock = threading.Lock()
+        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+
+    # The Watcher protocol.
+
+    def start(self) -> Sequence[Hint]:
+        """Begin to watch; returns a RESCAN hint for each root.
+
+        Raises WatchError when a root cannot be watched at all (it does not exist, too), or lies in
+        another one; nothing is held then.
+        """
+        if self._state == "closed":
+            raise ValueError("the watcher is closed")
+        if self._state == "new":
+            self._check_overlaps()
+            self._open()
+            for root in self._roots:
+                if not root.watched:
+                    reason = root.problem or self._trouble or "unknown"
+                    self._shut()
+                    self._trouble = None
+                    self._take()
+                    raise WatchError(root.path, reason)
+            self._state = "running"
+        elif self._state == "paused":
+            return self.resume()
+        for root in self._roots:
+            root.mark(b"", _RESCAN)
+        return self._take()
+
+    def read(self, timeout: float) -> Sequence[Hint]:
+        """Hints since the last call; blocks for at most ``timeout`` seconds for the first one."""
+        deadline = self._clock() + timeout
+        woken = False
+        while True:
+            running = self._state == "running"
+            if running:
+                self._pump()
+            hints = self._take()
+            now = self._clock()
+            if hints or woken or now >= deadline or self._state == "closed":
+                return hints
+            until = min(deadline, self._next_check) if running else deadline
+            woken = self._wait(max(0.0, until - now))
+
+    def drain(self) -> Sequence[Hint]:
+        """Every hint for changes made before the call; returns without waiting for more.
+
+        What cannot be watched at the moment is reported as RESCAN.
+        """
+        if self._state != "running":
+            return self._take()
+        self._catch_up()
+        self._resolve()
+        self._check_roots()
+        for root in self._roots:
+            if not root.watched:
+                root.mark(b"", _RESCAN)
+        for node in self._unsure:
+            owner = self._locate(node)
+            if owner is not None:
+                owner.mark(node.base[:-1], _RESCAN)
+        self._retry_unwatched()
+        return self._take()
+
+    def pause(self) -> None:
+        """Stop watching and give back the kernel's resources. Idempotent."""
+        if self._state == "running":
+            self._shut()
+            self._state = "paused"
+            self._problems = ()
+
+    def resume(self) -> Sequence[Hint]:
+        """Watch again; returns RESCAN hints that cover the gap. Idempotent.
+
+        A root that cannot be watched any more is a problem, not an error.
+        """
+        if self._state != "paused":
+            return []
+        self._open()
+        self._state = "running"
+        for root in self._roots:
+            root.mark(b"", _RESCAN)
+        return self._take()
+
+    def wake(self) -> None:
+        """Make a blocked ``read``, or the next one, return at once. Any thread may call it."""
+        with self._wake_lock:
+            if self._wake_fd >= 0:
+                os.eventfd_write(self._wake_fd, 1)
+
+    def close(self) -> None:
+        """Release everything. Idempotent."""
+        self._shut()
+        self._state = "closed"
+        with self._wake_lock:
+            if self._wake_fd >= 0:
+                os.close(self._wake_fd)
+                self._wake_fd = -1
+
+    def problems(self) -> Sequence[str]:
+        """What limits the view now, each with its remedy; empty when all is watched.
+
+        As of the end of the last other call; any thread may ask.
+        """
+        return self._problems
+
+    # Events.
+
+    def _pump(self) -> None:
+        """Work off what is queued, up to one buffer, and whatever is due by now."""
+        if self._fd >= 0:
+            with contextlib.suppress(BlockingIOError):
+                self._digest(os.read(self._fd, _CHUNK))
+            if self._unsure and not self._queued():
+                self._resolve()
+        now = self._clock()
+        if now >= self._next_check or self._check_now:
+            self._next_check = now + _ROOT_INTERVAL
+            self._check_roots()
+            self._resolve()
+            self._expire(now)
+        if now >= self._next_rescan:
+            self._next_rescan = now + _RESCAN_INTERVAL
+            self._retry_unwatched()
+
+    def _catch_up(self) -> None:
+        """Work off what is queued now, and not what comes meanwhile."""
+        fd = self._fd
+        left = self._queued()
+        while left > 0 and self._fd == fd:
+            try:
+                data = os.read(fd, _CHUNK)
+            except BlockingIOError:
+                return
+            left -= len(data)
+            self._digest(data)
+
+    def _queued(self) -> int:
+        if self._fd < 0:
+            return 0
+        size = array.array("i", [0])
+        fcntl.ioctl(self._fd, termios.FIONREAD, size)
+        return size[0]
+
+    def _digest(self, data: bytes) -> None:
+        position, end = 0, len(data)
+        unpack, header = _HEADER.unpack_from, _HEADER.size
+        nodes, parents = self._nodes, self._parents
+        while position < end:
+            wd, mask, _, length = unpack(data, position)
+            position += header
+            name = data[position : position + length].rstrip(b"\0") if length else b""
+            position += length
+            if parents and wd in parents:
+                self._file_event(wd, mask, name)
+            node = nodes.get(wd)
+            if node is None:
+                if mask & _OVERFLOW:
+                    self._overflow()
+                    return
+                continue
+            if mask & _GONE:
+                self._gone(node, mask)
+                continue
+            owner = node.owner if node.generation == self._generation else self._locate(node)
+            if owner is None:
+                if mask & _ISDIR and mask & _ENTRY:
+                    self._unsure[node] = None
+                continue
+            path = node.base + name if name else node.base[:-1]
+            marks = owner.marks
+            bits = _BITS[mask & _EVENTS]
+            if mask & _ISDIR:
+                if mask & _ENTRY:
+                    self._directory_event(node, owner, name, bits)
+                    continue
+                if mask & _EVENTS == _ACCESS:
+                    # Our own scans read directories.
+                    continue
+            known = marks.get(path)
+            if known is None:
+                if owner.plain:
+                    if name.startswith(b".farshore-"):
+                        continue
+                elif not owner.filter.allows(path, bool(mask & _ISDIR)):
+                    continue
+                marks[path] = bits
+            elif known & bits != bits:
+                marks[path] = known | bits
+            if mask & _ENTRY:
+                above = node.base[:-1]
+                marks[above] = marks.get(above, 0) | _PARENT
+
+    def _directory_event(self, node: _Node, owner: _Protected, name: bytes, bits: int) -> None:
+        path = node.base + name
+        if owner.filter.allows(path, True):
+            owner.mark(path, bits | _RESCAN)
+            owner.mark(node.base[:-1], _PARENT)
+        self._settle(node, name)
+
+    def _file_event(self, wd: int, mask: int, name: bytes) -> None:
+        files = self._parents[wd]
+        if mask & _IGNORED:
+            for lost in list(files.values()):
+                self._lose(lost)
+        elif mask & _GONE:
+            self._check_now = True
+        root = files.get(name) if name else None
+        if root is None:
+            return
+        root.mark(b"", _BITS[mask & _EVENTS])
+        if mask & _ISDIR and mask & (_CREATE | _TO):
+            self._check_now = True
+
+    def _gone(self, node: _Node, mask: int) -> None:
+        root = node.top_of
+        if root is not None:
+            if mask & _IGNORED:
+                self._lose(root)
+            root.mark(b"", _RESCAN)
+            self._check_now = True
+        elif mask & _IGNORED:
+            self._forget(node)
+        elif mask & _UNMOUNT and node.parent is not None:
+            # What lay under the mount is in sight again.
+            owner = self._locate(node)
+            if owner is not None:
+                owner.mark(node.base[:-1], _RESCAN)
+            self._unsure[node.parent] = None
+
+    def _overflow(self) -> None:
+        log.warning("event queue overflowed; looking at everything again", limit=_limit("max_queued_events"))
+        self._shut()
+        self._open()
+        for root in self._roots:
+            root.marks = {b"": root.marks.get(b"", 0) | _RESCAN}
+
+    def _take(self) -> list[Hint]:
+        if self._problems_changed:
+            self._problems_changed = False
+            self._problems = self._list_problems()
+        hints: list[Hint] = []
+        for root in self._roots:
+            if root.marks:
+                index = root.index
+                hints += [Hint(index, path, _kind(bits)) for path, bits in root.marks.items()]
+                root.marks = {}
+        return hints
+
+    def _wait(self, seconds: float) -> bool:
+        poll = select.poll()
+        poll.register(self._wake_fd, select.POLLIN)
+        if self._fd >= 0:
+            poll.register(self._fd, select.POLLIN)
+        ready = {fd for fd, _ in poll.poll(seconds * 1000)}
+        if self._wake_fd not in ready:
+            return False
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._wake_fd)
+        return True
+
+    # The map of watches.
+
+    def _locate(self, node: _Node) -> _Protected | None:
+        """The root that ``node`` lies in, None while it is out of place; brings ``node.base`` up to date."""
+        generation = self._generation
+        chain = []
+        at = node
+        while at.generation != generation and at.parent is not None:
+            chain.append(at)
+            at = at.parent
+        if at.generation != generation:
+            at.generation, at.owner, at.base = generation, at.top_of, b""
+        for below in reversed(chain):
+            below.owner = at.owner
+            below.base = at.base + below.name + b"/"
+            below.generation = generation
+            at = below
+        return node.owner
+
+    def _settle(self, node: _Node, name: bytes) -> None:
+        """Make the map agree with what is called ``name`` in ``node`` now."""
+        owner = self._locate(node)
+        if owner is None:
+            self._unsure[node] = None
+            return
+        if not owner.filter.allows(node.base + name, True):
+            self._let_go(node, name)
+            return
+        fd = self._recognise(node)
+        if fd is None:
+            self._unsure[node] = None
+            return
+        try:
+            self._enter(node, name, fd)
+        finally:
+            os.close(fd)
+
+    def _enter(self, node: _Node, name: bytes, directory: int) -> bool:
+        """Watch the directory ``name`` in ``node``, which is open as ``directory``, and all below it.
+
+        True when watches were added, so that something may have been missed before.
+        """
+        fd = self._descend(node, name, directory)
+        if fd is None:
+            return False
+        try:
+            self._explore(node.children[name], fd)
+        finally:
+            os.close(fd)
+        return True
+
+    def _descend(self, node: _Node, name: bytes, directory: int) -> int | None:
+        """Put the directory ``name`` in its place below ``node``; its descriptor if it is to be explored."""
+        try:
+            fd = os.open(name, _OPEN, dir_fd=directory)
+        except OSError as error:
+            if error.errno in ABSENT:
+                self._let_go(node, name)
+            else:
+                self._give_up(node, name, self._reason(error))
+            return None
+        explore = False
+        try:
+            wd = self._add_watch(fd)
+            found = self._nodes.get(wd)
+            if found is None:
+                found = self._nodes[wd] = _Node(wd)
+                explore = True
+            elif node.children.get(name) is found:
+                pass
+            elif not self._free(node, name, found):
+                return None
+            elif not self._plain:
+                # Other patterns may apply in its new place: afresh.
+                self._drop(found)
+                found = _Node(self._add_watch(fd))
+                self._nodes[found.wd] = found
+                explore = True
+            self._attach(node, name, found)
+            return fd if explore else None
+        except OSError as error:
+            self._give_up(node, name, self._reason(error))
+            return None
+        finally:
+            if not explore:
+                os.close(fd)
+
+    def _free(self, node: _Node, name: bytes, found: _Node) -> bool:
+        """Whether ``found``, which is known elsewhere, can be moved to ``name`` in ``node``."""
+        if found.parent is not None or found.top_of is not None:
+            fd = self._recognise(found)
+            if fd is not None:
+                os.close(fd)
+                self._give_up(node, name, "it is the same directory as another watched one (a bind mount?)")
+                return False
+        if found.top_of is not None:
+            root = found.top_of
+            self._lose(root)
+            root.mark(b"", _RESCAN)
+            self._check_now = True
+            # Its watch is gone, so that it will be a new directory when it is looked at again.
+            self._unsure[node] = None
+            return False
+        above: _Node | None = node
+        while above is not None:
+            if above is found:
+                # The map is behind: what it takes for an ancestor has moved. More events will tell.
+                self._unsure[node] = None
+                return False
+            above = above.parent
+        return True
+
+    def _explore(self, top: _Node, fd: int) -> None:
+        """Watch every directory below ``top``, which is newly watched and open as ``fd``."""
+        deep: list[_Node] = []
+        stack: list[tuple[_Node, int, Iterator[bytes]]] = [(top, fd, self._listing(top, fd))]
+        try:
+            while stack or deep:
+                if not stack:
+                    node = deep.pop()
+                    again = self._recognise(node)
+                    if again is None:
+                        self._unsure[node] = None
+                        continue
+                    stack.append((node, again, self._listing(node, again)))
+                node, directory, names = stack[-1]
+                name = next(names, None)
+                if name is None:
+                    stack.pop()
+                    if directory != fd:
+                        os.close(directory)
+                    continue
+                below = self._descend(node, name, directory)
+                if below is None:
+                    continue
+                child = node.children[name]
+                if len(stack) < _DEPTH:
+                    stack.append((child, below, self._listing(child, below)))
+                else:
+                    os.close(below)
+                    deep.append(child)
+        finally:
+            for _, directory, _ in stack:
+                if directory != fd:
+                    os.close(directory)
+
+    def _listing(self, node: _Node, fd: int) -> Iterator[bytes]:
+        """The subdirectories of ``node`` that are to be watched."""
+        try:
+            return iter(self._subdirectories(node, fd))
+        except OSError as error:
+            if node.parent is None:
+                raise
+            self._give_up(node.parent, node.name, self._reason(error))
+            return iter(())
+
+    def _subdirectories(self, node: _Node, fd: int) -> list[bytes]:
+        owner = self._locate(node)
+        if owner is None:
+            self._unsure[node] = None
+            return []
+        names = []
+        with os.scandir(fd) as entries:
+            for entry in entries:
+                try:
+                    if not entry.is_dir(follow_symlinks=False):
+                        continue
+                except FileNotFoundError:
+                    continue
+                name = os.fsencode(entry.name)
+                if owner.filter.allows(node.base + name, True):
+                    names.append(name)
+        return names
+
+    def _recognise(self, node: _Node) -> int | None:
+        """Open the path at which ``node`` should lie; None when something else or nothing is there."""
+        owner = self._locate(node)
+        if owner is None:
+            return None
+        path = node.base[:-1]
+        try:
+            if not path:
+                fd = os.open(owner.path, _OPEN & ~os.O_NOFOLLOW)
+            elif len(path) + len(owner.path) < _PATH_LIMIT:
+                fd = os.open(owner.path + b"/" + path, _OPEN)
+            else:
+                fd = open_beneath(owner.path, path, _OPEN)
+        except OSError:
+            return None
+        wd = -1
+        try:
+            wd = self._add_watch(fd)
+        except OSError:
+            pass
+        finally:
+            if wd != node.wd:
+                os.close(fd)
+        if wd == node.wd:
+            return fd
+        self._release(wd)
+        return None
+
+    def _resolve(self) -> None:
+        """Compare the directories in doubt with the disk, now that their paths may be right."""
+        for node in list(self._unsure):
+            if self._unsure.pop(node, 0) is None and not self._reconcile(node) and node.wd >= 0:
+                self._unsure[node] = None
+
+    def _reconcile(self, node: _Node) -> bool:
+        fd = self._recognise(node)
+        if fd is None:
+            return False
+        try:
+            names = set(self._subdirectories(node, fd))
+            for name in [*node.children, *(node.unwatched or ())]:
+                if name not in names:
+                    self._let_go(node, name)
+            for name in names:
+                added = self._enter(node, name, fd)
+                owner = self._locate(node)
+                if added and owner is not None:
+                    owner.mark(node.base + name, _RESCAN)
+        except OSError:
+            return False
+        finally:
+            os.close(fd)
+        return node not in self._unsure
+
+    def _attach(self, node: _Node, name: bytes, child: _Node) -> None:
+        current = node.children.get(name)
+        if current is not child:
+            if current is not None:
+                self._detach(current)
+            if child.parent is not None:
+                self._detach(child)
+            self._orphans.pop(child, None)
+            child.parent, child.name = node, name
+            node.children[name] = child
+            if child.generation != -1:
+                self._generation += 1
+        self._got(node, name)
+
+    def _detach(self, child: _Node) -> None:
+        if child.parent is not None and child.parent.children.get(child.name) is child:
+            del child.parent.children[child.name]
+        child.parent = None
+        self._orphans[child] = self._clock()
+        self._generation += 1
+
+    def _let_go(self, node: _Node, name: bytes) -> None:
+        child = node.children.get(name)
+        if child is not None:
+            self._detach(child)
+        self._got(node, name)
+
+    def _give_up(self, node: _Node, name: bytes, reason: str) -> None:
+        """The directory ``name`` cannot be watched now: it will be scanned instead."""
+        self._let_go(node, name)
+        if node.unwatched is None:
+            node.unwatched = {}
+        node.unwatched[name] = reason
+        self._short[node] = None
+        self._problems_changed = True
+
+    def _got(self, node: _Node, name: bytes) -> None:
+        if node.unwatched is not None and node.unwatched.pop(name, None) is not None and not node.unwatched:
+            node.unwatched = None
+            self._short.pop(node, None)
+            self._problems_changed = True
+
+    def _forget(self, node: _Node) -> None:
+        """The kernel has dropped the watch of ``node``."""
+        for child in list(node.children.values()):
+            self._detach(child)
+        self._detach(node)
+        self._strike(node)
+
+    def _drop(self, top: _Node) -> None:
+        """Remove the watches of ``top`` and all below."""
+        self._detach(top)
+        pending = [top]
+        while pending:
+            node = pending.pop()
+            pending.extend(node.children.values())
+            wd = node.wd
+            self._strike(node)
+            self._release(wd)
+
+    def _strike(self, node: _Node) -> None:
+        self._nodes.pop(node.wd, None)
+        self._orphans.pop(node, None)
+        self._unsure.pop(node, None)
+        self._problems_changed |= node in self._short
+        self._short.pop(node, None)
+        node.wd = -1
+        node.children = {}
+        node.parent = None
+        node.generation = -1
+
+    def _expire(self, now: float) -> None:
+        """Give up directories that have not turned up again: they left the tree."""
+        if self._orphans and not self._queued():
+            for node, since in list(self._orphans.items()):
+                if now - since >= _GRACE:
+                    self._drop(node)
+
+    def _retry_unwatched(self) -> None:
+        # Where watches have run out, one look tells it for all of them.
+        self._exhausted = False
+        for node in list(self._short):
+            for name in list(node.unwatched or ()):
+                owner = self._locate(node)
+                if owner is not None:
+                    owner.mark(node.base + name, _RESCAN)
+                    if not self._exhausted:
+                        self._settle(node, name)
+
+    # Roots.
+
+    def _list_problems(self) -> tuple[str, ...]:
+        found = [] if self._trouble is None else [self._trouble]
+        for root in self._roots:
+            if root.problem is not None:
+                found.append(f"{_show(root.path)}: {root.problem}")
+        reasons: dict[tuple[int, str], list[bytes]] = {}
+        for node in self._short:
+            owner = self._locate(node)
+            if owner is not None:
+                for name, reason in (node.unwatched or {}).items():
+                    reasons.setdefault((owner.index, reason), []).append(node.base + name)
+        for (index, reason), paths in reasons.items():
+            first = _show(os.path.join(self._roots[index].path, min(paths)))
+            what = first if len(paths) == 1 else f"{first} and {len(paths) - 1} more directories"
+            found.append(f"{what}: not watched, looked at every {_RESCAN_INTERVAL:g} s instead: {reason}")
+        return tuple(found)
+
+    def _check_overlaps(self) -> None:
+        paths = [(os.path.realpath(root.path) + b"/", root.index) for root in self._roots]
+        for (above, _), (below, index) in itertools.pairwise(sorted(paths)):
+            if below.startswith(above):
+                raise WatchError(self._roots[index].path, f"it lies in {_show(above[:-1])}, which is watched already")
+
+    def _check_roots(self) -> None:
+        self._check_now = False
+        now = self._clock()
+        if self._fd < 0:
+            self._open()
+            for root in self._roots:
+                if root.watched:
+                    root.mark(b"", _RESCAN)
+        for root in self._roots:
+            if root.watched and not self._in_place(root):
+                self._lose(root)
+                root.mark(b"", _RESCAN)
+                root.rescan_at = now + _RESCAN_INTERVAL
+            if not root.watched:
+                self._watch(root)
+                if root.watched:
+                    log.info("root is watched again", path=root.path)
+                if root.watched or now >= root.rescan_at:
+                    root.mark(b"", _RESCAN)
+                    root.rescan_at = now + _RESCAN_INTERVAL
+
+    def _in_place(self, root: _Protected) -> bool:
+        try:
+            status = os.stat(root.parent if root.is_file else root.path)
+            if (status.st_dev, status.st_ino) != root.identity:
+                return False
+            if not root.is_file:
+                return True
+            with contextlib.suppress(OSError):
+                return not stat.S_ISDIR(os.stat(root.path).st_mode)
+            return True
+        except OSError:
+            return False
+
+    def _watch(self, root: _Protected) -> None:
+        """Watch ``root`` and all below it, or say in its ``problem`` why not."""
+        self._problems_changed = True
+        if self._fd < 0:
+            return
+        try:
+            fd = self._open_root(root)
+            try:
+                wd = self._add_watch(fd)
+                status = os.fstat(fd)
+                root.identity = (status.st_dev, status.st_ino)
+                if root.is_file:
+                    root.parent_wd = wd
+                    self._parents.setdefault(wd, {})[root.name] = root
+                elif wd in self._nodes:
+                    root.problem = "it lies in another watched path; watch it there only"
+                    return
+                else:
+                    root.top = self._nodes[wd] = _Node(wd)
+                    root.top.top_of = root
+                    self._explore(root.top, fd)
+            finally:
+                os.close(fd)
+        except OSError as error:
+            reason = self._reason(error)
+            if root.watched:
+                self._lose(root)
+            if root.problem is None:
+                log.warning("root cannot be watched", path=root.path, reason=reason)
+            root.problem = reason
+        else:
+            root.device = root.device or status.st_dev
+            root.problem = None if root.device == status.st_dev else _OTHER_FILESYSTEM
+
+    def _open_root(self, root: _Protected) -> int:
+        try:
+            fd = os.open(root.path, _OPEN & ~os.O_NOFOLLOW)
+        except OSError as error:
+            # A file that was there and is not now may be on its way back: watch its name.
+            if error.errno not in ABSENT or not (root.is_file or os.path.lexists(root.path)):
+                raise
+            fd = os.open(root.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            root.is_file = True
+            return fd
+        root.is_file = False
+        return fd
+
+    def _lose(self, root: _Protected) -> None:
+        """``root`` is not where it was: stop watching it until it is there again."""
+        self._problems_changed = True
+        if root.top is not None:
+            top, root.top = root.top, None
+            top.top_of = None
+            self._drop(top)
+        if root.parent_wd >= 0:
+            wd, root.parent_wd = root.parent_wd, -1
+            files = self._parents[wd]
+            del files[root.name]
+            if not files:
+                del self._parents[wd]
+                self._release(wd)
+        root.problem = "it is gone: deleted, moved away or unmounted; put it back"
+        log.warning("root is gone", path=root.path)
+
+    # The kernel.
+
+    def _open(self) -> None:
+        """Make a new inotify instance and watch every root with it."""
+        self._trouble = None
+        self._problems_changed = True
+        try:
+            if self._system is None:
+                self._system = pyinotify.INotifyWrapper.create()
+                if self._system is None:
+                    raise OSError(errno.ENOSYS, "pyinotify finds no inotify in the C library")
+            if not os.path.isdir("/proc/self/fd"):
+                raise OSError(errno.ENOENT, "/proc is not mounted")
+            fd: int = self._system.inotify_init()
+            if fd < 0:
+                code: int = self._system.get_errno()
+                raise OSError(code, os.strerror(code))
+        except OSError as error:
+            self._trouble = f"inotify does not start: {error.strerror}"
+            if error.errno == errno.EMFILE:
+                limit = _limit("max_user_instances")
+                self._trouble += (
+                    f"; the limit on instances may be reached ({limit}); raise it: "
+                    f"sysctl -w fs.inotify.max_user_instances={(limit or 128) * 4}"
+                )
+            log.error("inotify does not start", reason=self._trouble)
+            return
+        os.set_inheritable(fd, False)
+        os.set_blocking(fd, False)
+        self._fd = fd
+        now = self._clock()
+        self._next_check = now + _ROOT_INTERVAL
+        self._next_rescan = now + _RESCAN_INTERVAL
+        for root in self._roots:
+            self._watch(root)
+            root.rescan_at = now + _RESCAN_INTERVAL
+
+    def _shut(self) -> None:
+        """Close the inotify instance, and with it every watch."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+        for node in self._nodes.values():
+            # Whoever still holds one of them sees that it is over.
+            node.wd = -1
+            node.parent = node.top_of = node.owner = None
+            node.generation = -1
+        # Cleared in place: a batch of events may be at work on them.
+        self._nodes.clear()
+        self._parents.clear()
+        self._orphans.clear()
+        self._unsure.clear()
+        self._short.clear()
+        self._check_now = False
+        for root in self._roots:
+            root.top = None
+            root.parent_wd = -1
+            root.problem = None
+
+    def _add_watch(self, fd: int) -> int:
+        """Watch the directory that is open as ``fd``; the same inode gives the same number again."""
+        # Through the descriptor: pyinotify cannot pass names that are not UTF-8, and what is watched
+        # is exactly what will be listed.
+        wd: int = self._system.inotify_add_watch(self._fd, f"/proc/self/fd/{fd}", self._mask)
+        if wd < 0:
+            code: int = self._system.get_errno()
+            self._exhausted = self._exhausted or code == errno.ENOSPC
+            raise OSError(code, os.strerror(code))
+        return wd
+
+    def _release(self, wd: int) -> None:
+        if wd >= 0 and wd not in self._nodes and wd not in self._parents:
+            self._system.inotify_rm_watch(self._fd, wd)
+
+    def _reason(self, error: OSError) -> str:
+        remedy = _REMEDIES.get(error.errno or 0)
+        if remedy is None:
+            return error.strerror or str(error)
+        watches = _limit("max_user_watches")
+        return remedy.format(watches=watches, more=max(524288, 4 * (watches or 0)))
+
+
+_kinds: dict[int, Kind] = {}
+
+
+def _kind(bits: int) -> Kind:
+    kind = _kinds.get(bits)
+    if kind is None:
+        kind = _kinds[bits] = Kind(bits)
+    return kind
+
+
+def _limit(name: str) -> int | None:
+    """One of the kernel's limits in /proc/sys/fs/inotify."""
+    try:
+        value: int = getattr(pyinotify, name).value
+    except (OSError, ValueError):
+        return None
+    return value
+
+
+def _show(path: bytes) -> str:
+    return path.decode("utf-8", "backslashreplace")

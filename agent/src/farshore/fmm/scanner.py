@@ -1,0 +1,233 @@
+"""What a path looks like now.
+
+Nothing here follows a symbolic link below the root, in no component; the root's own path may
+lead through some, as the administrator named it. Extended attributes are read through
+/proc/self/fd, as Python has no call for them that is relative to a directory.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Callable, Iterator
+
+from farshore.errors import UnsafePath
+from farshore.fmm.patterns import Filter
+from farshore.fmm.types import FileKind, Observed
+
+_KINDS = {
+    stat.S_IFREG: FileKind.FILE,
+    stat.S_IFDIR: FileKind.DIRECTORY,
+    stat.S_IFLNK: FileKind.SYMLINK,
+    stat.S_IFIFO: FileKind.FIFO,
+    stat.S_IFCHR: FileKind.CHARACTER_DEVICE,
+    stat.S_IFBLK: FileKind.BLOCK_DEVICE,
+    stat.S_IFSOCK: FileKind.SOCKET,
+}
+_HANDLE = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+_DIRECTORY_HANDLE = _HANDLE | os.O_DIRECTORY
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+#: The path is not there: nothing, or something else than a directory, lies where a name should.
+#: ELOOP and ENOTDIR are what O_NOFOLLOW answers where a symlink took a directory's place.
+ABSENT = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP})
+
+#: The extended attributes that belong to a file's meaning. Left out: ``security.selinux`` and other
+#: labels (each host computes its own), ``trusted.*`` (overlayfs and the like keep their inner state
+#: there), ``system.nfs4_acl`` and other views that a filesystem computes.
+_XATTRS = frozenset({"system.posix_acl_access", "system.posix_acl_default", "security.capability"})
+_XATTR_SPACE = "user."
+
+
+def is_replicated_xattr(name: bytes) -> bool:
+    """True for the extended attributes that are observed, and so kept on the replica."""
+    return name.startswith(_XATTR_SPACE.encode()) or os.fsdecode(name) in _XATTRS
+
+
+def open_beneath(root: bytes | int, path: bytes, flags: int) -> int:
+    """Open ``path`` below ``root`` (a path, or a descriptor of the root directory); returns a descriptor.
+
+    No component below the root may be a symlink, but for the last one where ``flags`` has O_PATH.
+    b"" opens the root itself. Raises OSError, and UnsafePath for a path with empty, ``.`` or ``..``
+    components.
+    """
+    if not path:
+        return _open_root(root, flags)
+    parts = path.split(b"/")
+    for part in parts:
+        if part in (b"", b".", b".."):
+            raise UnsafePath(os.fsdecode(path), "a component is empty, . or ..")
+    here = _open_root(root, os.O_PATH | os.O_DIRECTORY)
+    try:
+        for part in parts[:-1]:
+            below = os.open(part, _DIRECTORY_HANDLE, dir_fd=here)
+            os.close(here)
+            here = below
+        return os.open(parts[-1], flags | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=here)
+    finally:
+        os.close(here)
+
+
+def observe(root_path: bytes | int, root: int, path: bytes) -> Observed | None:
+    """The state of ``path`` below ``root_path``, or None when it does not exist.
+
+    All of it is told of one and the same inode. Raises OSError when the state cannot be read
+    (permissions, I/O errors), which says nothing about whether the path exists.
+    """
+    try:
+        fd = open_beneath(root_path, path, _HANDLE)
+    except OSError as error:
+        if error.errno in ABSENT:
+            return None
+        raise
+    try:
+        return _describe(fd, root, path)
+    finally:
+        os.close(fd)
+
+
+def list_directory(root_path: bytes | int, path: bytes, filter: Filter) -> Iterator[tuple[bytes, bool]]:
+    """The names in a directory that ``filter`` allows, each with whether it is a directory.
+
+    In no order; names that appear or vanish meanwhile may or may not be among them. Raises OSError,
+    at the first step too, when the directory is gone or cannot be read.
+    """
+    fd = open_beneath(root_path, path, _DIRECTORY)
+    try:
+        yield from _names(fd, path, filter)
+    finally:
+        os.close(fd)
+
+
+def walk(
+    root_path: bytes | int,
+    root: int,
+    path: bytes,
+    filter: Filter,
+    on_problem: Callable[[bytes, OSError], None],
+) -> Iterator[Observed]:
+    """Everything that ``filter`` allows from ``path`` downwards, each directory before what it holds.
+
+    Entries that vanish meanwhile are left out. What cannot be read is given to ``on_problem`` with
+    its path: whatever lies there or below is unknown, not absent.
+    """
+    try:
+        top = observe(root_path, root, path)
+    except OSError as error:
+        on_problem(path, error)
+        return
+    if top is None or not filter.allows(path, top.kind is FileKind.DIRECTORY):
+        return
+    yield top
+    pending = [path] if top.kind is FileKind.DIRECTORY else []
+    while pending:
+        directory = pending.pop()
+        try:
+            fd = open_beneath(root_path, directory, _DIRECTORY)
+        except OSError as error:
+            if error.errno not in ABSENT:
+                on_problem(directory, error)
+            continue
+        try:
+            for name, _ in _names(fd, directory, filter):
+                below = directory + b"/" + name if directory else name
+                found = _observe_in(fd, name, root, below, on_problem)
+                if found is None:
+                    continue
+                yield found
+                if found.kind is FileKind.DIRECTORY and filter.allows(below, True):
+                    pending.append(below)
+        except OSError as error:
+            on_problem(directory, error)
+        finally:
+            os.close(fd)
+
+
+def _open_root(root: bytes | int, flags: int) -> int:
+    if isinstance(root, int):
+        return os.open(b".", flags & ~os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=root)
+    try:
+        return os.open(root, flags & ~os.O_NOFOLLOW | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno not in ABSENT or flags & os.O_DIRECTORY:
+            raise
+    # A root that leads to no directory is the one object of that name, be it a link.
+    return os.open(root, flags | os.O_NOFOLLOW | os.O_CLOEXEC)
+
+
+def _names(fd: int, path: bytes, filter: Filter) -> Iterator[tuple[bytes, bool]]:
+    base = path + b"/" if path else b""
+    with os.scandir(fd) as entries:
+        for entry in entries:
+            name = os.fsencode(entry.name)
+            try:
+                is_dir = entry.is_dir(follow_symlinks=False)
+            except FileNotFoundError:
+                continue
+            if filter.allows(base + name, is_dir):
+                yield name, is_dir
+
+
+def _observe_in(
+    directory: int, name: bytes, root: int, path: bytes, on_problem: Callable[[bytes, OSError], None]
+) -> Observed | None:
+    try:
+        fd = os.open(name, _HANDLE, dir_fd=directory)
+        try:
+            return _describe(fd, root, path)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        if error.errno not in ABSENT:
+            on_problem(path, error)
+        return None
+
+
+def _describe(fd: int, root: int, path: bytes) -> Observed:
+    status = os.fstat(fd)
+    kind = _KINDS[stat.S_IFMT(status.st_mode)]
+    is_link = kind is FileKind.SYMLINK
+    return Observed(
+        root=root,
+        path=path,
+        kind=kind,
+        mode=stat.S_IMODE(status.st_mode),
+        uid=status.st_uid,
+        gid=status.st_gid,
+        size=status.st_size,
+        atime_ns=status.st_atime_ns,
+        mtime_ns=status.st_mtime_ns,
+        ctime_ns=status.st_ctime_ns,
+        dev=status.st_dev,
+        ino=status.st_ino,
+        nlink=status.st_nlink,
+        rdev=status.st_rdev,
+        blocks=status.st_blocks,
+        target=os.readlink(b"", dir_fd=fd) if is_link else None,
+        # The kernel allows none of the attributes that we keep on a symlink.
+        xattrs=() if is_link else _xattrs(fd),
+    )
+
+
+def _xattrs(fd: int) -> tuple[tuple[bytes, bytes], ...]:
+    handle = b"/proc/self/fd/%d" % fd
+    try:
+        names = os.listxattr(handle)
+    except OSError as error:
+        if error.errno == errno.ENOTSUP:
+            return ()
+        raise
+    if not names:
+        return ()
+    found = []
+    for name in names:
+        if not (name.startswith(_XATTR_SPACE) or name in _XATTRS):
+            continue
+        try:
+            found.append((os.fsencode(name), os.getxattr(handle, name)))
+        except OSError as error:
+            if error.errno not in (errno.ENODATA, errno.ENOTSUP):
+                raise
+    found.sort()
+    return tuple(found)
