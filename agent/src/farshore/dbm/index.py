@@ -170,6 +170,15 @@ class Index:
         )
         return [_known(row) for row in rows]
 
+    def linked_below(self, root: int, path: bytes) -> list[Known]:
+        """The files below a directory that had more than one name."""
+        low, high = below(path)
+        rows = self._db.execute(
+            f"SELECT {_COLUMNS} FROM entries WHERE root=? AND path>=? AND path<? AND nlink>1 AND kind=?",  # noqa: S608
+            (root, low, high, int(FileKind.FILE)),
+        )
+        return [_known(row) for row in rows]
+
     def children(self, root: int, path: bytes) -> list[bytes]:
         """Paths directly below a directory."""
         rows = self._db.execute("SELECT path FROM entries WHERE root=? AND parent=?", (root, path))

@@ -53,6 +53,10 @@ class SourceUnreadable(FarshoreError):
     """{0!r} cannot be read any further: {1}"""
 
 
+class _NextTransaction(Exception):
+    """A delta needs a base that this transaction makes: bases are opened before a transaction is applied."""
+
+
 @dataclass
 class Batch:
     """Dirty paths taken together, and what is left to do for them."""
@@ -80,6 +84,8 @@ class Planner:
         self._roots = roots
         self._filters = [Filter(root) for root in roots]
         self._touched: set[tuple[int, bytes]] = set()
+        self._remade: set[tuple[int, bytes]] = set()
+        self._cut = False
         self._operations = 0
         self._bytes = 0
         self.again: list[Hint] = []
@@ -92,8 +98,10 @@ class Planner:
         Raises SourceUnreadable when a file fails in the middle of its content: the transaction is lost.
         """
         self._operations = self._bytes = 0
+        self._cut = False
         self._touched.clear()
-        while not batch.finished and self._operations < MAX_OPERATIONS and self._bytes < MAX_BYTES:
+        self._remade.clear()
+        while not (batch.finished or self._cut or self._operations >= MAX_OPERATIONS or self._bytes >= MAX_BYTES):
             if batch.todo:
                 root, path, kind = batch.todo.pop()
                 yield from self._look(batch, root, path, kind)
@@ -165,14 +173,30 @@ class Planner:
             # An unmounted or vanished root is a fault here, not a wish to empty the replica.
             self.problems[root, path] = f"{os.fsdecode(self._where(root, path))}: the protected path is missing"
         elif known is not None and (root, path) not in self.problems:
+            self._look_at_other_names(batch, known)
             yield from self._emit(Remove(root, path))
             self._index.remove(root, path)
+
+    def _look_at_other_names(self, batch: Batch, lost: Known) -> None:
+        """A name is lost: what was written through it shows under the other names of the file, unannounced."""
+        if lost.kind is FileKind.DIRECTORY:
+            names = self._index.linked_below(lost.root, lost.path)
+        else:
+            names = [lost] if lost.kind is FileKind.FILE and lost.nlink > 1 else []
+        for name in names:
+            for other in self._index.by_inode(name.root, name.dev, name.ino) if name.ino else ():
+                if other.path != name.path:
+                    batch.todo.append((other.root, other.path, Kind.MODIFIED))
 
     # --- what to tell
 
     def _emit(self, message: FromSource, size: int = 0) -> Messages:
         self._operations += 1
         self._bytes += size
+        if isinstance(message, (Put, Patch, Link)):
+            self._remade.add((message.root, message.path))
+        elif isinstance(message, Move):
+            self._remade.add((message.root, message.to))
         for path in (getattr(message, "path", None), getattr(message, "to", None)):
             parent = parent_of(path) if path is not None else None
             if parent is not None:
@@ -197,8 +221,9 @@ class Planner:
             return
         known = self._index.get(root, path)
         if seen.kind is not FileKind.SOCKET and (known is None or known.ino != seen.ino or known.kind != seen.kind):
-            moved = yield from self._moved(batch, seen)
-            known = moved or known
+            if known is not None:
+                self._look_at_other_names(batch, known)
+            known = (yield from self._moved(batch, seen)) or known
         if known is not None and known.kind is not seen.kind:
             if seen.kind is FileKind.SOCKET:
                 yield from self._emit(Remove(root, path))
@@ -300,7 +325,12 @@ class Planner:
             if (before.st_dev, before.st_ino) != (seen.dev, seen.ino):
                 batch.todo.append((seen.root, seen.path, Kind.MODIFIED))
                 return
-            entry = yield from self._content(source, seen, known)
+            try:
+                entry = yield from self._content(source, seen, known)
+            except _NextTransaction:
+                self._cut = True
+                batch.todo.append((seen.root, seen.path, Kind.MODIFIED))
+                return
             after = os.fstat(handle)
         same = (before.st_mtime_ns, before.st_ctime_ns, before.st_size) == (
             after.st_mtime_ns,
@@ -311,6 +341,7 @@ class Planner:
             self.again.append(Hint(seen.root, seen.path, Kind.MODIFIED))
         entry = _settle(entry, same and started - seen.ctime_ns > _RACY_NS)
         self._index.put(entry)
+        self._disown(seen, names)
         if self._content_sent:
             # New content came under one name, as a new file on the replica; the other names must follow.
             for name in names:
@@ -320,6 +351,13 @@ class Planner:
             if self._content_sent:
                 signature = self._index.get_signature(seen.root, seen.path)
                 self._index.set_signature(seen.root, name.path, signature)
+
+    def _disown(self, seen: Observed, names: list[Known]) -> None:
+        """Inode numbers are used again: no other path may seem to be a name of this file on the replica."""
+        mine = {seen.path, *(name.path for name in names)}
+        for other in self._index.by_inode(seen.root, seen.dev, seen.ino):
+            if other.path not in mine:
+                self._index.put(replace(other, dev=0, ino=0, ctime_ns=0))
 
     def _other_names(self, seen: Observed) -> list[Known]:
         """The names of the same file that the replica has and that are still its names here."""
@@ -374,6 +412,8 @@ class Planner:
         root, path = seen.root, seen.path
         base = None
         if known is not None and known.kind is FileKind.FILE and known.size > INLINE_MAX:
+            if self._is_remade(root, path):
+                raise _NextTransaction
             blob = self._index.get_signature(root, path)
             if blob is None:
                 blob = yield WantSignature(root, path)
@@ -392,6 +432,15 @@ class Planner:
         assert encoder.signature is not None
         self._index.set_signature(root, path, encoder.signature.to_bytes())
         return _known(replace(seen, size=encoder.length), encoder.digest, settled=True)
+
+
+    def _is_remade(self, root: int, path: bytes) -> bool:
+        """True when this transaction made, or moved, what is at ``path``."""
+        while path:
+            if (root, path) in self._remade:
+                return True
+            path = path.rpartition(b"/")[0]
+        return (root, b"") in self._remade
 
 
 class _Source:

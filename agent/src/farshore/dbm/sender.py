@@ -161,6 +161,10 @@ class Sender:
                     if text != self.reason:
                         _log.warning("not replicating", group=self._group, reason=text)
                     self.reason = text
+                except Exception as error:
+                    # A fault of ours in one file must not end the protection of all others.
+                    _log.error("sending failed", error, group=self._group)
+                    self.reason = f"internal error: {error}"
                 if time.monotonic() - started > 10:
                     delay = _BACKOFF[0]
                 await asyncio.sleep(delay * random.uniform(0.8, 1.2))
