@@ -29,7 +29,9 @@ def describe(top: str | os.PathLike[str]) -> dict[bytes, _Entry]:
         content: object = None
         links: object = None
         if kind != stat.S_IFLNK:
-            xattrs = sorted((n, os.getxattr(full, n)) for n in os.listxattr(full) if n.startswith(("user.", "system.posix")))
+            xattrs = sorted(
+                (n, os.getxattr(full, n)) for n in os.listxattr(full) if n.startswith(("user.", "system.posix"))
+            )
         if kind == stat.S_IFREG:
             content = Path(os.fsdecode(full)).read_bytes()
             links = sorted(names_of[status.st_dev, status.st_ino])
@@ -59,7 +61,9 @@ def differences(left: str | os.PathLike[str], right: str | os.PathLike[str]) -> 
             lines.append(f"{path!r} only {'left' if path in a else 'right'}")
             continue
         wrong = [
-            f"{name} {str(x)[:60]} / {str(y)[:60]}" for name, x, y in zip(fields, a[path], b[path], strict=True) if x != y
+            f"{name} {str(x)[:60]} / {str(y)[:60]}"
+            for name, x, y in zip(fields, a[path], b[path], strict=True)
+            if x != y
         ]
         if wrong:
             lines.append(f"{path!r}: {'; '.join(wrong)}")
@@ -85,11 +89,11 @@ class Mutator:
 
     def step(self) -> None:
         """One change; one that does not apply to what it happens to hit is no change."""
-        action = self._random.choice(
-            [self._write, self._write, self._append, self._patch, self._large, self._truncate, self._mkdir, self._rename]
-            + [self._rename, self._unlink, self._rmtree, self._chmod, self._link, self._symlink, self._fifo]
-            + [self._xattr, self._utime, self._replace, self._insert, self._chown]
-        )
+        often = [self._write, self._rename]
+        once = [self._write, self._append, self._patch, self._large, self._truncate, self._mkdir, self._rename]
+        more = [self._unlink, self._rmtree, self._chmod, self._chown, self._link, self._symlink, self._fifo]
+        last = [self._xattr, self._utime, self._replace, self._insert]
+        action = self._random.choice([*often, *once, *more, *last])
         try:
             action()
         except (OSError, ValueError):

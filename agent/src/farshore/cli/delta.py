@@ -17,7 +17,6 @@ import time
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
-# Larger than any signature of a file that has a place on earth, smaller than memory.
 _READ_PIECE = 1 << 20
 
 
@@ -135,7 +134,8 @@ def _apply(arguments: argparse.Namespace) -> int:
     started = time.monotonic()
     taken = 0
     with (
-        _files(), _reading(arguments.base) as base,
+        _files(),
+        _reading(arguments.base) as base,
         _reading(arguments.delta) as delta,
         _writing(arguments.out) as out,
     ):
@@ -161,9 +161,7 @@ def _ratio(part: int, whole: int) -> float | None:
     return round(part / whole, 6) if whole else None
 
 
-def _report(
-    arguments: argparse.Namespace, target: str, started: float, work: int, **values: Any
-) -> None:
+def _report(arguments: argparse.Namespace, target: str, started: float, work: int, **values: Any) -> None:
     if not arguments.stats:
         return
     seconds = time.monotonic() - started
@@ -193,7 +191,7 @@ def _reading(path: str) -> Iterator[BinaryIO]:
         yield sys.stdin.buffer
         return
     with open(path, "rb", buffering=0) as file:
-        yield file  # type: ignore[misc]  # a FileIO reads, and that is all we do with it
+        yield file
 
 
 @contextlib.contextmanager

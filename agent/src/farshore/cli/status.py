@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _describe(answer: api.Answer) -> Iterable[str]:
     if isinstance(answer, api.NodeStatus):
         yield f"{answer.node}: farshore {answer.version}, up {_duration(answer.uptime)}"
-        rows = [("GROUP", "ROLE", "EPOCH", "STATE", "RPO", "BACKLOG", "UNITS", "")]
+        rows: list[tuple[str, ...]] = [("GROUP", "ROLE", "EPOCH", "STATE", "RPO", "BACKLOG", "UNITS", "")]
         for group in answer.groups.values():
             role = "owner" if group.owner == group.side and group.epoch else "replica"
             rpo = "-" if group.rpo is None else _duration(group.rpo)

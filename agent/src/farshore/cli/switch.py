@@ -6,7 +6,7 @@ import argparse
 import asyncio
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,8 @@ RUNTIME_DIR = Path("/run/farshore")
 ANSWER_TIMEOUT = 5.0
 POLL = 0.1
 
-Reached = Callable[[api.SwitchStatus], bool]
+#: Whether a status, and the texts of the events since the start, are what is waited for.
+Reached = Callable[[api.SwitchStatus, list[str]], bool]
 
 
 class GivenUp(FarshoreError):
@@ -36,7 +37,7 @@ class GivenUp(FarshoreError):
 
 
 _AWAY = ("failed_over", "recovering", "recovered")
-_REACHED: dict[str, Reached] = {
+_REACHED: dict[str, Callable[[api.SwitchStatus], bool]] = {
     "failover": lambda s: s.phase in _AWAY and s.served_by == "remote" and s.rules_in_place,
     "failback": lambda s: s.phase == "normal" and s.rules_in_place and s.wish == "none",
     "recover": lambda s: s.phase == "recovered" or (s.phase == "normal" and s.wish == "none"),
@@ -101,22 +102,24 @@ def _wish(args: argparse.Namespace) -> int:
 
 async def _wish_and_wait(args: argparse.Namespace, want: Wanted) -> int:
     socket = args.runtime_dir / MONITOR_SOCKET
+    _, events = await _status(socket, args.group)
     answer = await ask_socket(socket, api.Wish(args.group, want), ANSWER_TIMEOUT)
     if not isinstance(answer, api.Done):
         raise ProtocolError(str(socket), f"{type(answer).__name__} answers a wish")
     if args.wait is None or want == "none":
         if args.json:
-            _print(await _status(socket, args.group))
+            _print((await _status(socket, args.group))[0])
         else:
             print(answer.detail)
         return 0
 
-    def reached(status: api.SwitchStatus) -> bool:
+    def reached(status: api.SwitchStatus, events: list[str]) -> bool:
         if want == "failover" and status.wish == "none" and status.phase == "normal":
-            raise GivenUp(f"{want} of {args.group}", status.reason)
+            whys = [event for event in events if "given up" in event or "can't take over" in event]
+            raise GivenUp(f"{want} of {args.group}", whys[-1] if whys else status.reason)
         return _REACHED[want](status)
 
-    status = await _until(socket, args.group, reached, args.wait, f"{want} of {args.group}")
+    status = await _until(socket, args.group, reached, args.wait, f"{want} of {args.group}", events[-1:])
     if args.json:
         _print(status)
     return 0
@@ -127,7 +130,7 @@ def _wait(args: argparse.Namespace) -> int:
         _until(
             args.runtime_dir / MONITOR_SOCKET,
             args.group,
-            lambda status: status.phase in args.phase,
+            lambda status, _: status.phase in args.phase,
             args.timeout,
             f"{args.group} to be {' or '.join(args.phase)}",
         )
@@ -143,34 +146,55 @@ def _remove(args: argparse.Namespace) -> int:
     return 0
 
 
-async def _status(socket: Path, group: str) -> api.SwitchStatus:
+async def _status(socket: Path, group: str) -> tuple[api.SwitchStatus, list[str]]:
+    """The group's status, and its events, oldest first."""
     answer = await ask_socket(socket, api.StatusRequest(), ANSWER_TIMEOUT)
     if not isinstance(answer, api.MonitorStatus):
         raise ProtocolError(str(socket), f"{type(answer).__name__} answers a monitor's status request")
     if group not in answer.groups:
         raise UsageError(f"no group {group!r}; the groups here are: {', '.join(answer.groups) or 'none'}")
-    return answer.groups[group]
+    return answer.groups[group], [line for line in answer.events if line.split(" ", 2)[1] == group]
 
 
-async def _until(socket: Path, group: str, reached: Reached, timeout: float, what: str) -> api.SwitchStatus:
-    """Ask until ``reached``, showing each new reason on stderr; raises NotInTime with the last one."""
+async def _until(
+    socket: Path, group: str, reached: Reached, timeout: float, what: str, seen: Sequence[str] = ()
+) -> api.SwitchStatus:
+    """Ask until ``reached``, showing on stderr what happens; raises NotInTime with the last reason.
+
+    ``seen`` holds the last event that is none of this, if there was one.
+    """
     end = time.monotonic() + timeout
-    last = ""
+    texts: list[str] = []
+    last_event, last = (seen[-1] if seen else ""), ""
     while True:
+        status = None
         try:
-            status = await _status(socket, group)
-            line = f"[{status.phase}] {status.reason}"
+            status, events = await _status(socket, group)
         except (PeerUnreachable, NotInTime) as error:
             # The monitor may be restarting; it goes on from where it was.
-            status, line = None, str(error)
+            line = str(error)
+        else:
+            line = f"[{status.phase}] {status.reason}"
+            known = events.index(last_event) + 1 if last_event in events else 0 if last_event else len(events)
+            for event in events[known:]:
+                text = event.split(" ", 2)[2]
+                texts.append(text)
+                if text != status.reason:
+                    _progress(group, text)
+            # Something to compare with, also when nothing has happened yet.
+            last_event = events[-1] if events else "none"
         if line != last:
-            print(f"{time.strftime('%H:%M:%S')} {group} {line}", file=sys.stderr, flush=True)
+            _progress(group, line)
             last = line
-        if status is not None and reached(status):
+        if status is not None and reached(status, texts):
             return status
         if time.monotonic() >= end:
             raise NotInTime(what, timeout, last)
         await asyncio.sleep(POLL)
+
+
+def _progress(group: str, text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {group} {text}", file=sys.stderr, flush=True)
 
 
 def _print(status: Any) -> None:

@@ -301,7 +301,8 @@ class Group:
             loop = asyncio.get_running_loop()
             applier = await loop.run_in_executor(self._worker, self._open_applier)
         self._on_confirmed()
-        writer.write(receiver.CODEC.encode(Welcome(wire.PROTOCOL, bytes.fromhex(self._record.lineage))))
+        lineage = bytes.fromhex(self._record.lineage)
+        writer.write(receiver.CODEC.encode(Welcome(wire.PROTOCOL, lineage, applier.started)))
         _log.info("receiving", group=self.name, source=peer, epoch=hello.epoch)
         try:
             await receiver.serve(reader, writer, peer, applier, self, self._worker)

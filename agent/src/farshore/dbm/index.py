@@ -11,6 +11,7 @@ import sqlite3
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -261,11 +262,10 @@ def _signed(number: int) -> int:
     return number - (1 << 64) if number >= 1 << 63 else number
 
 
-def _known(row: tuple[object, ...]) -> Known:
+def _known(row: tuple[Any, ...]) -> Known:
     values = list(row)
     for i in (9, 10, 12):
-        number = int(values[i])  # type: ignore[call-overload]
-        values[i] = number + (1 << 64) if number < 0 else number
+        values[i] %= 1 << 64
     values[2] = FileKind(values[2])
-    values[14] = _xattr_decoder.decode(values[14])  # type: ignore[arg-type]
-    return Known(*values)  # type: ignore[arg-type]
+    values[14] = _xattr_decoder.decode(values[14])
+    return Known(*values)

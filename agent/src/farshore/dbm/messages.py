@@ -189,10 +189,15 @@ FromSource = (
 
 
 class Welcome(_Message, frozen=True, tag="welcome"):
-    """``lineage`` names the state of this replica's tree: a source that knows another one compares in full."""
+    """``lineage`` names the history of this replica's tree: a source that knows another one compares in full.
+
+    ``started`` is the last transaction that the replica began to apply. One more than the source has an
+    acknowledgement for: that transaction may have been applied in full, in part, or not at all.
+    """
 
     protocol: int
     lineage: bytes
+    started: int
 
 
 class Refused(_Message, frozen=True, tag="refused"):

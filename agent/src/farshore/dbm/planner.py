@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Generator, Iterable
 from dataclasses import dataclass, field, replace
+from io import FileIO
 
 import blake3
 
@@ -89,6 +90,9 @@ class Planner:
         self._operations = 0
         self._bytes = 0
         self.again: list[Hint] = []
+        #: What the transaction changes on the replica; ``drastic`` when a directory is moved or removed by it.
+        self.changed: set[tuple[int, bytes]] = set()
+        self.drastic = False
         #: What could not be read, with the reason.
         self.problems: dict[tuple[int, bytes], str] = {}
 
@@ -101,6 +105,8 @@ class Planner:
         self._cut = False
         self._touched.clear()
         self._remade.clear()
+        self.changed.clear()
+        self.drastic = False
         while not (batch.finished or self._cut or self._operations >= MAX_OPERATIONS or self._bytes >= MAX_BYTES):
             if batch.todo:
                 root, path, kind = batch.todo.pop()
@@ -111,11 +117,19 @@ class Planner:
                 yield from self._gone(batch, *batch.vanished.pop())
         yield from self._directories()
 
-    def forget(self, root: int, path: bytes) -> None:
-        """The replica does not have what the index says: know nothing of ``path``, nor where it came from."""
-        self._index.begin()
-        self._index.remove(root, path)
-        self._index.commit()
+    def doubt(self, paths: Iterable[tuple[int, bytes]]) -> list[Hint]:
+        """Of what the replica has at ``paths`` nothing is certain any more, not even that it has nothing there.
+
+        Returns the hints that have them looked at. Belongs to the index's open transaction.
+        """
+        hints = []
+        for root, path in paths:
+            known = self._index.get(root, path)
+            if known is None or known.kind is not FileKind.DIRECTORY:
+                self._index.remove(root, path)
+                self._index.put(_unknown(root, path))
+            hints.append(Hint(root, path, Kind.RESCAN | Kind.MODIFIED))
+        return hints
 
     # --- where to look
 
@@ -198,9 +212,16 @@ class Planner:
         elif isinstance(message, Move):
             self._remade.add((message.root, message.to))
         for path in (getattr(message, "path", None), getattr(message, "to", None)):
-            parent = parent_of(path) if path is not None else None
+            if path is None:
+                continue
+            root: int = message.root  # type: ignore[union-attr]
+            self.changed.add((root, path))
+            if isinstance(message, (Move, Remove)):
+                known = self._index.get(root, path)
+                self.drastic |= known is not None and known.kind is FileKind.DIRECTORY
+            parent = parent_of(path)
             if parent is not None:
-                self._touched.add((message.root, parent))  # type: ignore[union-attr]
+                self._touched.add((root, parent))
         yield message
 
     def _directories(self) -> Messages:
@@ -220,13 +241,17 @@ class Planner:
             batch.vanished.append((root, path))
             return
         known = self._index.get(root, path)
-        if seen.kind is not FileKind.SOCKET and (known is None or known.ino != seen.ino or known.kind != seen.kind):
+        if seen.kind is FileKind.SOCKET:
+            # A socket lives as long as its server; there is nothing to keep.
+            if known is not None:
+                yield from self._emit(Remove(root, path))
+                self._index.remove(root, path)
+            return
+        if known is None or known.ino != seen.ino or known.kind != seen.kind:
             if known is not None:
                 self._look_at_other_names(batch, known)
             known = (yield from self._moved(batch, seen)) or known
         if known is not None and known.kind is not seen.kind:
-            if seen.kind is FileKind.SOCKET:
-                yield from self._emit(Remove(root, path))
             self._index.remove(root, path)
             known = None
         match seen.kind:
@@ -234,8 +259,6 @@ class Planner:
                 yield from self._directory(batch, seen, known)
             case FileKind.FILE:
                 yield from self._file(batch, seen, known, force)
-            case FileKind.SOCKET:
-                pass  # a socket lives as long as its server; there is nothing to keep
             case _:
                 yield from self._special(seen, known)
 
@@ -373,7 +396,7 @@ class Planner:
     _content_sent = False
 
     def _content(
-        self, source: _Source, seen: Observed, known: Known | None
+        self, source: FileIO, seen: Observed, known: Known | None
     ) -> Generator[FromSource, bytes | None, Known]:
         """Send what differs of a file's content and metadata; returns what the replica will have."""
         self._content_sent = False
@@ -406,9 +429,7 @@ class Planner:
             raise SourceUnreadable(self._where(root, path), error.strerror) from error
         return (yield from self._patch(source, seen, known))
 
-    def _patch(
-        self, source: _Source, seen: Observed, known: Known | None
-    ) -> Generator[FromSource, bytes | None, Known]:
+    def _patch(self, source: FileIO, seen: Observed, known: Known | None) -> Generator[FromSource, bytes | None, Known]:
         root, path = seen.root, seen.path
         base = None
         if known is not None and known.kind is FileKind.FILE and known.size > INLINE_MAX:
@@ -433,7 +454,6 @@ class Planner:
         self._index.set_signature(root, path, encoder.signature.to_bytes())
         return _known(replace(seen, size=encoder.length), encoder.digest, settled=True)
 
-
     def _is_remade(self, root: int, path: bytes) -> bool:
         """True when this transaction made, or moved, what is at ``path``."""
         while path:
@@ -441,14 +461,6 @@ class Planner:
                 return True
             path = path.rpartition(b"/")[0]
         return (root, b"") in self._remade
-
-
-class _Source:
-    """Only for the type checker: what ``open(..., "rb", buffering=0)`` gives."""
-
-    def read(self, size: int = -1, /) -> bytes: ...  # type: ignore[empty-body]
-    def readinto(self, buffer: bytearray | memoryview, /) -> int: ...  # type: ignore[empty-body]
-    def seek(self, offset: int, /) -> int: ...  # type: ignore[empty-body]
 
 
 def _open(where: bytes) -> int:
@@ -460,7 +472,7 @@ def _open(where: bytes) -> int:
         return os.open(where, flags)
 
 
-def _digest(source: _Source) -> bytes:
+def _digest(source: FileIO) -> bytes:
     hasher = blake3.blake3()
     while block := source.read(_READ):
         hasher.update(block)
@@ -503,6 +515,11 @@ def _known(seen: Observed, digest: bytes | None, settled: bool) -> Known:
         seen.xattrs,
         digest,
     )
+
+
+def _unknown(root: int, path: bytes) -> Known:
+    """An entry that equals nothing: something may be there. Sockets are never on a replica."""
+    return Known(root, path, FileKind.SOCKET, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, None, (), None)
 
 
 def dirty_everything(roots: Iterable[int]) -> list[Hint]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import struct
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -65,6 +66,7 @@ _BLOCK_BYTES = 1 << 20
 _ENTRIES_PER_FRAME = 200
 _OPERATIONS = (MakeDir, Put, Patch, MakeSymlink, MakeNode, Link, Move, Remove, SetMeta)
 _ZERO = bytes(4096)
+_NUMBER = struct.Struct(">Q")
 
 
 class Gate(Protocol):
@@ -127,6 +129,7 @@ class Applier:
         self.names = [name for name, _ in roots]
         self._trees = [Tree(root.path, root) for _, root in roots]
         self._stages = [Stage(tree.root, state / str(i)) for i, tree in enumerate(self._trees)]
+        self._started = os.open(state / "started", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._open: _Transaction | None = None
         self._patch: tuple[Patch, Any, _SparseFile, int, int | None] | None = None
 
@@ -135,17 +138,24 @@ class Applier:
         """Files of this side that were kept before they were overwritten."""
         return sum(tree.kept_aside for tree in self._trees)
 
+    @property
+    def started(self) -> int:
+        """The last transaction that was begun to be applied; 0 when there was none."""
+        data = os.pread(self._started, _NUMBER.size, 0)
+        return int(_NUMBER.unpack(data)[0]) if len(data) == _NUMBER.size else 0
+
     def keep_aside(self, directory: Path | None, judge: Callable[[int, bytes, os.stat_result], bool]) -> None:
         """Keep what ``judge`` says nobody else has, below ``directory``; None ends it."""
         for number, tree in enumerate(self._trees):
             tree.aside = None if directory is None else os.fsencode(directory / str(number))
             tree.rescue = None
             if directory is not None:
-                tree.rescue = lambda path, there, number=number: judge(number, path, there)  # type: ignore[misc]
+                tree.rescue = lambda path, there, number=number: judge(number, path, there)
 
     def close(self) -> None:
         """Drop an open transaction and give back all handles."""
         self.abort()
+        os.close(self._started)
         for tree in self._trees:
             tree.close()
 
@@ -295,6 +305,9 @@ class Applier:
         try:
             if transaction.failure is None:
                 self._sync_staged(transaction)
+                # From here on the tree may hold a part of it, which the source must learn if we are cut off.
+                os.pwrite(self._started, _NUMBER.pack(seq), 0)
+                os.fdatasync(self._started)
                 self._apply(transaction)
             if transaction.failure is not None:
                 return transaction.failure

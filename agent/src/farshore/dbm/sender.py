@@ -15,7 +15,9 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar
+
+import msgspec
 
 from farshore import tls
 from farshore.config import NodeRef
@@ -44,7 +46,7 @@ from farshore.dbm.messages import (
 from farshore.dbm.planner import Batch, Messages, Planner, dirty_everything
 from farshore.errors import FarshoreError, NotInTime, PeerRefused, PeerUnreachable, ProtocolError, StaleEpoch
 from farshore.fmm.dirty import DirtySet
-from farshore.fmm.types import FileKind, Hint, Kind, Root
+from farshore.fmm.types import FileKind, Hint, Root
 from farshore.log import Log
 
 _T = TypeVar("_T")
@@ -58,12 +60,38 @@ _BACKOFF = (0.1, 5.0)
 _BLOCK = 512 << 10
 _TAKE = 2000
 _LINEAGE = "lineage"
+_SEQ = "seq"
 #: Seconds of silence after which TCP gives a connection up.
 _DEAD_SECONDS = 15
 
 
 class ReplicaCannot(FarshoreError):
     """{0} cannot take the change: {1}"""
+
+
+class _Pending(msgspec.Struct, frozen=True):
+    """What a transaction changes, written down before its Commit leaves.
+
+    Not synced: losing it in a power cut costs a full comparison, nothing else.
+    """
+
+    seq: int
+    drastic: bool
+    paths: list[tuple[int, bytes]]
+
+    def write(self, path: Path) -> None:
+        """Replace what is written down."""
+        temporary = path.with_name(path.name + ".new")
+        temporary.write_bytes(msgspec.msgpack.encode(self))
+        temporary.rename(path)
+
+    @classmethod
+    def read(cls, path: Path) -> _Pending | None:
+        """What was written down; None when there is nothing that can be relied on."""
+        try:
+            return msgspec.msgpack.decode(path.read_bytes(), type=cls)
+        except (OSError, msgspec.MsgspecError):
+            return None
 
 
 class Sender:
@@ -96,6 +124,7 @@ class Sender:
         self._worker = ThreadPoolExecutor(1, thread_name_prefix=f"source-{group}")
         self._loop = asyncio.get_running_loop()
         self._index_path = index_path
+        self._pending_path = index_path.with_name("pending")
         self._index: Index | None = None
         self._planner: Planner | None = None
         self._batches: list[Batch] = []
@@ -215,8 +244,11 @@ class Sender:
             raise ProtocolError(self._peer.node, f"{type(welcome).__name__} instead of Welcome")
         self._on_confirmed()
         index, planner = await self._in_worker(self._open_index)
-        if await self._in_worker(index.get_fact, _LINEAGE) != welcome.lineage:
-            await self._compare(reader, writer, index, welcome.lineage)
+        hints = await self._in_worker(self._resume, index, planner, welcome)
+        if hints is None:
+            await self._compare(reader, writer, index, welcome)
+            hints = dirty_everything(range(len(self._roots)))
+        self._dirty.mark(hints, time.monotonic())
         self.connected = self.compared = True
         self.reason = "replicating"
         self._told_in_step = False
@@ -247,8 +279,29 @@ class Sender:
                 if not isinstance(answer, Pong):
                     raise ProtocolError(self._peer.node, f"{type(answer).__name__} instead of Pong") from None
 
+    def _resume(self, index: Index, planner: Planner, welcome: Welcome) -> list[Hint] | None:
+        """What must be looked at before the index can be relied on again; None when it must be made anew.
+
+        The replica may have begun a transaction whose acknowledgement never came. What it changes was written
+        down before its Commit was sent.
+        """
+        self.seq = int(index.get_fact(_SEQ) or b"0")
+        if index.get_fact(_LINEAGE) != welcome.lineage:
+            return None
+        if welcome.started == self.seq:
+            return []
+        pending = _Pending.read(self._pending_path)
+        if pending is None or not (pending.seq == welcome.started == self.seq + 1) or pending.drastic:
+            return None
+        self.seq = welcome.started
+        index.begin()
+        hints = planner.doubt(pending.paths)
+        index.set_fact(_SEQ, str(self.seq).encode())
+        index.commit()
+        return hints
+
     async def _compare(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, index: Index, lineage: bytes
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, index: Index, welcome: Welcome
     ) -> None:
         """Learn what the replica has, as another history made it; then every path is looked at."""
         self.comparing = True
@@ -264,9 +317,10 @@ class Sender:
             await self._in_worker(index.put_all, [self._known(entry) for entry in part.entries])
             if part.last:
                 break
-        await self._in_worker(index.set_fact, _LINEAGE, lineage)
+        self.seq = welcome.started
+        await self._in_worker(index.set_fact, _LINEAGE, welcome.lineage)
+        await self._in_worker(index.set_fact, _SEQ, str(self.seq).encode())
         await self._in_worker(index.commit)
-        self._dirty.mark(dirty_everything(range(len(self._roots))), time.monotonic())
 
     def _known(self, entry: Entry) -> Known:
         try:
@@ -303,7 +357,7 @@ class Sender:
         planner: Planner,
         batch: Batch,
     ) -> None:
-        self.seq += 1
+        seq = self.seq + 1
         await self._in_worker(index.begin)
         messages = planner.transaction(batch)
         answer: bytes | None = None
@@ -312,7 +366,7 @@ class Sender:
             frames, want, ended = await self._in_worker(_gather, messages, answer)
             if frames and not opened:
                 opened = True
-                frames.insert(0, _CODEC.encode(Begin(self._epoch, self.seq)))
+                frames.insert(0, _CODEC.encode(Begin(self._epoch, seq)))
             self.sent_bytes += sum(map(len, frames))
             writer.writelines(frames)
             await writer.drain()
@@ -320,14 +374,17 @@ class Sender:
                 break
             answer = await self._want_signature(reader, writer, want) if want else None
         if opened:
-            writer.write(_CODEC.encode(Commit(self.seq)))
+            pending = _Pending(seq, planner.drastic, sorted(planner.changed))
+            await self._in_worker(pending.write, self._pending_path)
+            writer.write(_CODEC.encode(Commit(seq)))
             verdict = await self._read(reader, _ANSWER_SECONDS)
             if isinstance(verdict, Nak):
-                await self._refused(planner, index, verdict)
-                return
-            if not isinstance(verdict, Ack) or verdict.seq != self.seq:
-                raise ProtocolError(self._peer.node, f"{verdict!r} instead of Ack({self.seq})")
+                await self._refused(index, planner, verdict)
+            if not isinstance(verdict, Ack) or verdict.seq != seq:
+                raise ProtocolError(self._peer.node, f"{verdict!r} instead of Ack({seq})")
             self._naks = 0
+            self.seq = seq
+            await self._in_worker(index.set_fact, _SEQ, str(seq).encode())
             for text in verdict.problems:
                 self.replica_problems[text] = None
         await self._in_worker(index.commit)
@@ -338,22 +395,22 @@ class Sender:
             self._batches.remove(batch)
             await self._note_progress()
 
-    async def _refused(self, planner: Planner, index: Index, nak: Nak) -> None:
+    async def _refused(self, index: Index, planner: Planner, nak: Nak) -> NoReturn:
+        """Raises PeerRefused or ReplicaCannot: a new connection finds out how far the replica came."""
         await self._in_worker(index.rollback)
         if not nak.unknown_base:
             raise ReplicaCannot(self._peer.node, nak.reason)
         self._naks += 1
         _log.warning("the replica differs from the index", group=self._group, path=nak.path, reason=nak.reason)
+        await self._in_worker(index.begin)
         if self._naks > 1:
-            # Forgetting one path did not help: what is known of the replica is wrong on a larger scale.
+            # Doubting one path did not help: what is known of the replica is wrong on a larger scale.
             self._naks = 0
-            await self._in_worker(index.begin)
             await self._in_worker(index.clear)
-            await self._in_worker(index.commit)
-            raise PeerRefused(self._peer.node, f"{nak.reason}; comparing in full")
-        await self._in_worker(planner.forget, nak.root, nak.path)
-        await self._give_back()
-        self._dirty.mark([Hint(nak.root, nak.path, Kind.RESCAN | Kind.MODIFIED)], time.monotonic())
+        else:
+            self._dirty.mark(await self._in_worker(planner.doubt, [(nak.root, nak.path)]), time.monotonic())
+        await self._in_worker(index.commit)
+        raise PeerRefused(self._peer.node, nak.reason)
 
     async def _want_signature(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, want: WantSignature

@@ -38,7 +38,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from farshore.fmm.errors import WatchError
-from farshore.fmm.patterns import Filter
+from farshore.fmm.patterns import STAGING, Filter
 from farshore.fmm.scanner import ABSENT, open_beneath
 from farshore.fmm.types import Hint, Kind, Root
 from farshore.log import Log
@@ -206,7 +206,8 @@ class InotifyWatcher:
 
     A hint of MOVED_FROM or DELETED for a directory carries RESCAN, as does each new directory: a
     RESCAN covers all that lies, or lay, below. ``read`` reports each path at most once per call, its
-    kinds joined.
+    kinds joined. An excluded entry that comes or goes is a change of the directory that holds it; one of
+    our own staging files is not.
 
     What inotify cannot tell, so that a periodic scan must: writes through a mapping that is never
     unmapped; a change through another hard link, which is reported for the name that was used only;
@@ -281,17 +282,18 @@ class InotifyWatcher:
     def read(self, timeout: float) -> Sequence[Hint]:
         """Hints since the last call; blocks for at most ``timeout`` seconds for the first one."""
         deadline = self._clock() + timeout
-        woken = False
+        over = False
         while True:
             running = self._state == "running"
             if running:
                 self._pump()
             hints = self._take()
             now = self._clock()
-            if hints or woken or now >= deadline or self._state == "closed":
+            if hints or over or now >= deadline or self._state == "closed":
                 return hints
             until = min(deadline, self._next_check) if running else deadline
-            woken = self._wait(max(0.0, until - now))
+            ready = self._wait(max(0.0, until - now))
+            over = self._wake_fd in ready or (not ready and until == deadline)
 
     def drain(self) -> Sequence[Hint]:
         """Every hint for changes made before the call; returns without waiting for more.
@@ -311,6 +313,7 @@ class InotifyWatcher:
             if owner is not None:
                 owner.mark(node.base[:-1], _RESCAN)
         self._retry_unwatched()
+        self._resolve()
         return self._take()
 
     def pause(self) -> None:
@@ -430,12 +433,10 @@ class InotifyWatcher:
                     continue
             known = marks.get(path)
             if known is None:
-                if owner.plain:
-                    if name.startswith(b".farshore-"):
-                        continue
-                elif not owner.filter.allows(path, bool(mask & _ISDIR)):
+                if name.startswith(STAGING):
                     continue
-                marks[path] = bits
+                if owner.plain or owner.filter.allows(path, bool(mask & _ISDIR)):
+                    marks[path] = bits
             elif known & bits != bits:
                 marks[path] = known | bits
             if mask & _ENTRY:
@@ -444,9 +445,11 @@ class InotifyWatcher:
 
     def _directory_event(self, node: _Node, owner: _Protected, name: bytes, bits: int) -> None:
         path = node.base + name
+        if name.startswith(STAGING):
+            return
         if owner.filter.allows(path, True):
             owner.mark(path, bits | _RESCAN)
-            owner.mark(node.base[:-1], _PARENT)
+        owner.mark(node.base[:-1], _PARENT)
         self._settle(node, name)
 
     def _file_event(self, wd: int, mask: int, name: bytes) -> None:
@@ -498,17 +501,17 @@ class InotifyWatcher:
                 root.marks = {}
         return hints
 
-    def _wait(self, seconds: float) -> bool:
+    def _wait(self, seconds: float) -> set[int]:
+        """Wait for events or for ``wake``; the descriptors that are ready."""
         poll = select.poll()
         poll.register(self._wake_fd, select.POLLIN)
         if self._fd >= 0:
             poll.register(self._fd, select.POLLIN)
         ready = {fd for fd, _ in poll.poll(seconds * 1000)}
-        if self._wake_fd not in ready:
-            return False
-        with contextlib.suppress(BlockingIOError):
-            os.eventfd_read(self._wake_fd)
-        return True
+        if self._wake_fd in ready:
+            with contextlib.suppress(BlockingIOError):
+                os.eventfd_read(self._wake_fd)
+        return ready
 
     # The map of watches.
 
@@ -620,6 +623,9 @@ class InotifyWatcher:
                 self._unsure[node] = None
                 return False
             above = above.parent
+        if found.parent is not None:
+            # No event has told that it left its place: something else may be there.
+            self._unsure[found.parent] = None
         return True
 
     def _explore(self, top: _Node, fd: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from itertools import takewhile
 
@@ -96,8 +97,8 @@ def _matcher(root: Root, patterns: Sequence[str]) -> Callable[[str], bool]:
     try:
         # The other backends cannot take undecodable bytes.
         spec = GitIgnoreSpec.from_lines([p.replace("\n", "\0") for p in patterns], backend="simple")
-    except ValueError as error:
-        raise WatchError(root.path, str(error)) from error
+    except (ValueError, re.error) as error:
+        raise WatchError(root.path, f"patterns {', '.join(patterns)}: {error}") from error
     return spec.match_file
 
 

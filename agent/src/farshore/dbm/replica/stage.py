@@ -6,12 +6,21 @@ import contextlib
 import os
 import secrets
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from farshore.errors import StateError
 
 #: Names that begin so are ours and are never replicated.
 PREFIX = b".farshore-"
+
+
+@contextlib.contextmanager
+def _unnoticed(directory: bytes) -> Iterator[None]:
+    """What is done in ``directory`` leaves its times as they were: they belong to the replica."""
+    before = os.stat(directory)
+    yield
+    os.utime(directory, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
 class Stage:
@@ -43,7 +52,11 @@ class Stage:
         try:
             return path, os.open(path, flags, 0o600)
         except FileNotFoundError:
-            os.makedirs(directory, 0o700, exist_ok=True)
+            if directory == self._choices[2]:
+                with _unnoticed(self._root):
+                    os.mkdir(directory, 0o700)
+            else:
+                os.makedirs(directory, 0o700, exist_ok=True)
             return path, os.open(path, flags, 0o600)
 
     def clean(self) -> None:
@@ -53,29 +66,38 @@ class Stage:
         with contextlib.suppress(OSError):
             for name in os.listdir(self._directory):
                 os.unlink(self._directory + b"/" + name)
-            if self._directory != self._choices[0]:
+            if self._directory == self._choices[1]:
                 os.rmdir(self._directory)
+            elif self._directory == self._choices[2]:
+                with _unnoticed(self._root):
+                    os.rmdir(self._directory)
 
     def _choose(self) -> bytes:
         into = self._root if os.path.isdir(self._root) else os.path.dirname(self._root)
         cause: OSError | None = None
-        for choice in self._choices:
-            probe = into + b"/" + PREFIX + b"probe-" + secrets.token_hex(4).encode()
-            source = choice + b"/probe"
-            try:
-                os.makedirs(choice, 0o700, exist_ok=True)
-                os.close(os.open(source, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        with _unnoticed(into):
+            for choice in self._choices:
                 try:
-                    os.rename(source, probe)
-                    os.unlink(probe)
-                except OSError:
-                    os.unlink(source)
-                    raise
-            except OSError as error:
-                cause = error
-                with contextlib.suppress(OSError):
-                    os.rmdir(choice)
-                continue
-            self._directory = choice
-            return choice
+                    self._probe(choice, into)
+                except OSError as error:
+                    cause = error
+                    with contextlib.suppress(OSError):
+                        os.rmdir(choice)
+                    continue
+                self._directory = choice
+                return choice
         raise StateError(os.fsdecode(self._root), f"no place for temporary files that reaches it: {cause}")
+
+    @staticmethod
+    def _probe(choice: bytes, into: bytes) -> None:
+        """Rename a file from ``choice`` into the tree and remove it; raises OSError when that does not work."""
+        probe = into + b"/" + PREFIX + b"probe-" + secrets.token_hex(4).encode()
+        source = choice + b"/probe"
+        os.makedirs(choice, 0o700, exist_ok=True)
+        os.close(os.open(source, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        try:
+            os.rename(source, probe)
+        except OSError:
+            os.unlink(source)
+            raise
+        os.unlink(probe)

@@ -14,6 +14,7 @@ import os
 import shutil
 import stat
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import blake3
 
@@ -343,15 +344,9 @@ class Tree:
             there = set()
         for name in there - set(wanted):
             if scanner.is_replicated_xattr(name):
-                self._keep(
-                    f"xattr {_namespace(name)}",
-                    lambda name=name: os.removexattr(where, name, follow_symlinks=follow),
-                )
+                self._keep(_namespace(name), partial(os.removexattr, where, name, follow_symlinks=follow))
         for name, value in wanted.items():
-            self._keep(
-                f"xattr {_namespace(name)}",
-                lambda name=name, value=value: os.setxattr(where, name, value, follow_symlinks=follow),
-            )
+            self._keep(_namespace(name), partial(os.setxattr, where, name, value, follow_symlinks=follow))
 
     @staticmethod
     def _unreadable(path: bytes, error: OSError) -> None:
@@ -385,7 +380,7 @@ class Tree:
 
 
 def _namespace(name: bytes) -> str:
-    return name.split(b".", 1)[0].decode("ascii", "replace")
+    return "xattr " + name.split(b".", 1)[0].decode("ascii", "replace")
 
 
 def _kind(mode: int) -> FileKind:

@@ -1,0 +1,256 @@
+"""Two nodes: roles, epochs, recovery, and what a peer may not do."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from nodes import Pair, until
+from trees import Mutator, differences
+
+from farshore import tls
+from farshore.config import NodeRef, Tls
+from farshore.control import api, client
+from farshore.dbm import receiver, sender, wire
+from farshore.dbm.messages import Begin, Commit, Hello, MakeSymlink, Meta, Nak, Put, Refused, Welcome
+from farshore.dbm.record import Record, load, store
+from farshore.errors import StaleEpoch, StateError
+
+META = Meta(0o644, os.getuid(), os.getgid(), 1, 1, [])
+
+
+async def in_step(pair: Pair, side: str = "local") -> None:
+    await getattr(pair, side).groups["web"].flush(60)
+
+
+async def test_replicates_and_follows(pair: Pair) -> None:
+    (pair.local_tree / "a").write_text("1")
+    await pair.own("local", 1)
+    await in_step(pair)
+    assert differences(pair.local_tree, pair.remote_tree) == []
+    (pair.local_tree / "b").write_text("2")
+    await in_step(pair)
+    assert (pair.remote_tree / "b").read_text() == "2"
+    status = await pair.local.status()
+    group = status.groups["web"]
+    assert (group.state, group.in_step, group.rpo, group.epoch) == ("replicating", True, 0.0, 1)
+    remote = (await pair.remote.status()).groups["web"]
+    assert (remote.state, remote.synced_once, remote.connected) == ("replica", True, True)
+
+
+async def test_nothing_is_sent_before_an_owner_was_named(pair: Pair) -> None:
+    (pair.local_tree / "a").write_text("1")
+    assert (await pair.local.status()).groups["web"].state == "unconfirmed"
+    assert not pair.remote_tree.exists()
+
+
+async def test_roles_change_and_data_flows_home(pair: Pair) -> None:
+    mutator = Mutator(pair.local_tree, 3)
+    for _ in range(80):
+        mutator.step()
+    await pair.own("local", 1)
+    await in_step(pair)
+    # The local server dies; its users write on the backup; it comes back with stale and damaged data.
+    await pair.local.stop()
+    await pair.remote.groups["web"].set_owner("remote", 2, False)
+    away = Mutator(pair.remote_tree, 4)
+    for _ in range(60):
+        away.step()
+    (pair.remote_tree / "written-away").write_text("new")
+    for path in list(pair.local_tree.iterdir())[::2]:
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    (pair.local_tree / "never-sent").write_text("only here")
+    pair.local = type(pair.local)(pair.local.config)
+    await pair.local.start(None)
+    await pair.local.groups["web"].set_owner("remote", 2, False)
+    await in_step(pair, "remote")
+    assert differences(pair.local_tree, pair.remote_tree) == []
+    aside = [p for p in (pair.base / "local-state").rglob("aside/**/never-sent") if p.is_file()]
+    assert [p.read_text() for p in aside] == ["only here"]
+    # Home again.
+    await pair.remote.groups["web"].freeze(2, 30)
+    await pair.own("local", 3)
+    (pair.local_tree / "home").write_text("again")
+    await in_step(pair)
+    assert differences(pair.local_tree, pair.remote_tree) == []
+
+
+async def test_a_server_back_from_the_dead_is_fenced(pair: Pair) -> None:
+    (pair.local_tree / "a").write_text("1")
+    await pair.own("local", 1)
+    await in_step(pair)
+    await pair.local.stop()
+    await pair.remote.groups["web"].set_owner("remote", 2, False)
+    (pair.remote_tree / "a").write_text("newer")
+    pair.local = type(pair.local)(pair.local.config)
+    await pair.local.start(None)
+    group = pair.local.groups["web"]
+    await until(lambda: group._state_and_reason()[0] == "fenced", "the stale owner was not fenced")
+    assert (pair.remote_tree / "a").read_text() == "newer"
+
+
+async def test_epochs_only_grow(pair: Pair) -> None:
+    await pair.own("local", 5)
+    with pytest.raises(StaleEpoch):
+        await pair.local.groups["web"].set_owner("local", 4, False)
+    with pytest.raises(Exception, match="belongs to the local side"):
+        await pair.local.groups["web"].set_owner("remote", 5, False)
+    await pair.restart("local")
+    with pytest.raises(StaleEpoch):
+        await pair.local.groups["web"].set_owner("remote", 4, False)
+
+
+async def test_a_broken_connection_is_made_again(pair: Pair) -> None:
+    await pair.own("local", 1)
+    await in_step(pair)
+    await pair.restart("remote")
+    (pair.local_tree / "later").write_bytes(os.urandom(500_000))
+    await in_step(pair)
+    assert differences(pair.local_tree, pair.remote_tree) == []
+
+
+async def test_a_replica_that_was_tampered_with_is_mended(pair: Pair) -> None:
+    big = os.urandom(400_000)
+    (pair.local_tree / "d").mkdir()
+    (pair.local_tree / "d" / "big").write_bytes(big)
+    (pair.local_tree / "d" / "moved").write_text("x")
+    await pair.own("local", 1)
+    await in_step(pair)
+    shutil.rmtree(pair.remote_tree / "d")
+    (pair.local_tree / "d" / "big").write_bytes(big + b"more")
+    (pair.local_tree / "d" / "moved").rename(pair.local_tree / "moved")
+    await in_step(pair)
+    assert differences(pair.local_tree, pair.remote_tree) == []
+
+
+async def test_a_replica_that_cannot_write_says_so_and_recovers(pair: Pair) -> None:
+    await pair.own("local", 1)
+    await in_step(pair)
+    obstacle = pair.remote_tree / "x"
+    group = pair.local.groups["web"]
+    applier = pair.remote.groups["web"]._applier
+    assert applier is not None
+    stage = applier._stages[0]
+    original = stage.create
+
+    def full() -> tuple[bytes, int]:
+        raise OSError(28, "No space left on device")
+
+    stage.create = full  # type: ignore[method-assign]
+    (pair.local_tree / "x").write_text("1")
+    await until(lambda: group._sender is not None and "No space left" in group._sender.reason, "no reason was given")
+    assert not obstacle.exists()
+    for each in pair.remote.groups["web"]._applier._stages if pair.remote.groups["web"]._applier else []:
+        each.create = original  # type: ignore[method-assign]
+    await in_step(pair)
+    assert obstacle.read_text() == "1"
+
+
+# --- what a peer may not do
+
+
+async def stream(pair: Pair, who: str, hello: Hello) -> tuple[asyncio.StreamReader, asyncio.StreamWriter, object]:
+    keys = Tls(pair.keys / "ca.crt", pair.keys / f"{who}.crt", pair.keys / f"{who}.key")
+    reader, writer = await tls.connect(NodeRef("remote", "127.0.0.1", pair.remote.port), tls.client_context(keys))
+    writer.write(receiver.CODEC.encode(hello))
+    return reader, writer, await sender._CODEC.read(reader, "remote")
+
+
+async def test_only_the_groups_own_source_is_welcome(pair: Pair) -> None:
+    await pair.own("local", 1)
+    _, writer, answer = await stream(pair, "stranger", Hello(wire.PROTOCOL, "web", 1, ["/srv/www"]))
+    assert isinstance(answer, Refused)
+    writer.close()
+    _, writer, answer = await stream(pair, "local", Hello(wire.PROTOCOL, "other", 1, ["/srv/www"]))
+    assert isinstance(answer, Refused)
+    writer.close()
+    _, writer, answer = await stream(pair, "local", Hello(wire.PROTOCOL, "web", 1, ["/etc"]))
+    assert isinstance(answer, Refused)
+    writer.close()
+
+
+@pytest.mark.parametrize(
+    "path", [b"../out", b"/etc/x", b"a/../../out", b"a//b", b".", b"a\0b", b"x" * 300, b"link/out", b"a/./b"]
+)
+async def test_no_path_leads_out_of_the_root(pair: Pair, path: bytes) -> None:
+    await pair.own("local", 1)
+    await in_step(pair)
+    outside = pair.base / "outside"
+    outside.mkdir()
+    (pair.remote_tree / "link").symlink_to(outside)
+    before = {p: p.lstat().st_mtime_ns for p in pair.base.rglob("*") if "state" not in str(p)}
+    reader, writer, answer = await stream(pair, "local", Hello(wire.PROTOCOL, "web", 1, ["/srv/www"]))
+    assert isinstance(answer, Welcome)
+    for message in (Begin(1, 1), Put(0, path, META, b"evil"), Commit(1)):
+        writer.write(receiver.CODEC.encode(message))
+    verdict = await sender._CODEC.read(reader, "remote")
+    assert isinstance(verdict, Nak)
+    assert {p: p.lstat().st_mtime_ns for p in pair.base.rglob("*") if "state" not in str(p)} == before
+    writer.close()
+
+
+async def test_a_symlink_made_in_the_same_transaction_is_not_followed(pair: Pair) -> None:
+    await pair.own("local", 1)
+    await in_step(pair)
+    outside = pair.base / "outside"
+    outside.mkdir()
+    reader, writer, _ = await stream(pair, "local", Hello(wire.PROTOCOL, "web", 1, ["/srv/www"]))
+    for message in (
+        Begin(1, 1),
+        MakeSymlink(0, b"door", META, os.fsencode(outside)),
+        Put(0, b"door/evil", META, b"evil"),
+        Commit(1),
+    ):
+        writer.write(receiver.CODEC.encode(message))
+    assert isinstance(await sender._CODEC.read(reader, "remote"), Nak)
+    assert list(outside.iterdir()) == []
+    writer.close()
+
+
+@pytest.mark.parametrize(
+    "junk",
+    [b"\x00\x00\x00\x00", b"\xff\xff\xff\xff", b"\x00\x00\x00\x01\xc1", b"\x00\x00\x00\x02\x92\x01", os.urandom(64)],
+)
+async def test_junk_ends_only_its_own_connection(pair: Pair, junk: bytes) -> None:
+    await pair.own("local", 1)
+    await in_step(pair)
+    keys = Tls(pair.keys / "ca.crt", pair.keys / "stranger.crt", pair.keys / "stranger.key")
+    reader, writer = await tls.connect(NodeRef("remote", "127.0.0.1", pair.remote.port), tls.client_context(keys))
+    writer.write(junk)
+    writer.write_eof() if writer.can_write_eof() else None
+    async with asyncio.timeout(60):
+        assert await reader.read() == b""
+    writer.close()
+    (pair.local_tree / "still").write_text("works")
+    await in_step(pair)
+    assert (pair.remote_tree / "still").read_text() == "works"
+
+
+async def test_only_gateways_name_owners(pair: Pair) -> None:
+    async def ask(who: str, request: api.Request) -> object:
+        keys = Tls(pair.keys / "ca.crt", pair.keys / f"{who}.crt", pair.keys / f"{who}.key")
+        ref = NodeRef("remote", "127.0.0.1", pair.remote.port)
+        return await client.ask_peer(ref, tls.client_context(keys), request, 30)
+
+    order = api.SetOwner("web", "local", 1, False)
+    with pytest.raises(client.RequestFailed, match="is for gateways"):
+        await ask("local", order)
+    assert isinstance(await ask("gateway", order), api.Done)
+    with pytest.raises(client.RequestFailed, match="local administrator"):
+        await ask("gateway", api.Pause("web"))
+    with pytest.raises(client.RequestFailed, match="known: web"):
+        await ask("gateway", api.SetOwner("nope", "local", 1))
+
+
+def test_a_damaged_record_is_an_error_not_a_fresh_start(tmp_path: Path) -> None:
+    path = tmp_path / "group.json"
+    assert load(path) == Record()
+    record = Record(7, "remote", "ab", True, False, True)
+    store(path, record)
+    assert load(path) == record
+    path.write_text("{")
+    with pytest.raises(StateError, match="damaged"):
+        load(path)
