@@ -70,11 +70,18 @@ def says(fact: NodeFact, **changes: Any) -> NodeFact:
             None,
             "does not answer (timed out); tunnel down: no IKE SA",
         ),
-        (NORMAL, replace(FACTS, local=GONE), "stay", None, "agent web1 does not answer (timed out), so changes"),
+        (NORMAL, replace(FACTS, local=GONE), "stay", None, "its agent does not answer (timed out), so changes"),
         (NORMAL, replace(FACTS, local=WAITING), "tell", None, "web1 is told that it serves, epoch 1"),
         (NORMAL, replace(FACTS, backup=says(BAK, epoch=0)), "tell", None, "bak1 is told that it is the replica"),
         (NORMAL, replace(FACTS, local=says(WEB, state="frozen")), "thaw", None, "web1 is still frozen"),
         (NORMAL, replace(FACTS, local=replace(WAITING, may_ask=False, refused="no")), "stay", None, "not settled: no"),
+        (
+            NORMAL,
+            replace(FACTS, local=says(WEB, state="disconnected", connected=False, reason="refused")),
+            "stay",
+            None,
+            "web1 serves the users; web1 is disconnected (refused): changes are not protected",
+        ),
         # The server fails.
         (NORMAL, DEAD, "move", "promoting", "web1 has failed (80/tcp: refused); bak1 takes over"),
         (NORMAL, replace(DEAD, local=WEB), "move", "handing_over", "its agent answers, so it may send its last"),
@@ -85,7 +92,7 @@ def says(fact: NodeFact, **changes: Any) -> NodeFact:
             replace(DEAD, backup=says(BAK, synced_once=False)),
             "stay",
             None,
-            "web1 has failed (80/tcp: refused), but the backup server bak1 has never had the whole of the data",
+            "web1 has failed (80/tcp: refused), but the backup server bak1 has not got the whole of the data yet",
         ),
         (NORMAL, replace(DEAD, backup=replace(BAK, status=None)), "stay", None, "bak1 says nothing of this group"),
         # It has just booted, and its service waits for the word.
@@ -109,7 +116,7 @@ def says(fact: NodeFact, **changes: Any) -> NodeFact:
             replace(FACTS, local=says(WEB, connected=False)),
             "stay",
             None,
-            "web1 has no connection to bak1: its last changes can't be sent",
+            "but web1 is replicating (no connection): its last changes can't be sent",
         ),
         (
             replace(NORMAL, wish="failover"),
@@ -210,7 +217,15 @@ def says(fact: NodeFact, **changes: Any) -> NodeFact:
             replace(BACK, backup=says(BAK_2, state="syncing", reason="comparing")),
             "stay",
             None,
-            "web1 recovers: comparing",
+            "web1 recovers: bak1 is syncing",
+        ),
+        (
+            # All that it has to send is young, because it has just begun.
+            replace(AWAY, phase="recovering"),
+            replace(BACK, local=says(WEB_2, synced_once=False), backup=says(BAK_2, in_step=False, rpo=0.1)),
+            "stay",
+            None,
+            "web1 recovers: bak1 sends what is missing there",
         ),
         (
             replace(AWAY, phase="recovering"),

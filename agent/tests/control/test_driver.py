@@ -107,8 +107,8 @@ class World:
         #: Owners that accepted each epoch.
         self.accepted: dict[int, set[Side]] = {}
         self.verified: set[tuple[Side, int]] = set()
-        #: The last epoch by which each side was the owner.
-        self.owned: dict[Side, int] = {"local": 1, "remote": 0}
+        #: The epoch by which it was last decided to send the users to each side.
+        self.chosen: dict[Side, int] = {"local": 1, "remote": 0}
         self.epochs: list[int] = []
         self.refuse_rules = False
         self.flips: list[Side] = []
@@ -126,7 +126,7 @@ class World:
                 and (replica.owner, replica.epoch) == (source.owner, source.epoch)
             ):
                 replica.data = source.data
-                source.synced_once = replica.synced_once = True
+                replica.synced_once = True
                 return True
         return False
 
@@ -160,7 +160,13 @@ class World:
                     return api.Failed(str(StaleEpoch(GROUP, request.epoch, node.epoch)), StaleEpoch.exit_code)
                 if request.epoch == node.epoch and request.owner != node.owner:
                     return api.Failed("another owner has this epoch", 13)
-                node.epoch, node.owner, node.confirmed, node.frozen = request.epoch, request.owner, True, False
+                if request.epoch > node.epoch:
+                    node.frozen = False
+                    # Its own writes make an owner's tree another one than the replica's that it becomes.
+                    node.synced_once &= not (node.owner == node.side != request.owner)
+                node.epoch, node.owner, node.confirmed = request.epoch, request.owner, True
+                if node.frozen:
+                    return api.Done()
                 node.units = node.owner == node.side
                 if node.units:
                     self.accepted.setdefault(node.epoch, set()).add(node.side)
@@ -225,7 +231,8 @@ class World:
         self.bomb.tick()
         if self.stored is None or state.epoch != self.stored.epoch:
             self.epochs.append(state.epoch)
-            self.owned[state.owner] = state.epoch
+        if state.switched != (self.stored is not None and self.stored.switched):
+            self.chosen["remote" if state.switched else "local"] = state.epoch
         self.stored = state
         self.bomb.tick()
 
@@ -243,7 +250,7 @@ class World:
             assert self.stored is not None
             side = self.wanted
             assert self.stored.switched == (side == "remote"), "rules follow the stored state"
-            assert (side, self.owned[side]) in self.verified, "users are sent only where the service was seen"
+            assert (side, self.chosen[side]) in self.verified, "users are sent only where the service was seen"
             if side == "local":
                 lost = self.writes["remote"] - self.nodes["local"].data
                 assert not lost, f"users' writes {lost} to the backup are missing at home"

@@ -254,3 +254,21 @@ def test_a_damaged_record_is_an_error_not_a_fresh_start(tmp_path: Path) -> None:
     path.write_text("{")
     with pytest.raises(StateError, match="damaged"):
         load(path)
+
+
+async def test_a_switch_in_good_order_reads_no_contents_again(pair: Pair) -> None:
+    for number in range(5):
+        (pair.local_tree / str(number)).write_bytes(os.urandom(70_000))
+    os.link(pair.local_tree / "0", pair.local_tree / "linked")
+    await pair.own("local", 1)
+    await in_step(pair)
+    await pair.local.groups["web"].freeze(1, 60)
+    sent = pair.remote.groups["web"]
+    await pair.own("remote", 2)
+    assert (await pair.local.status()).groups["web"].synced_once
+    (pair.remote_tree / "1").write_bytes(b"changed after the switch" * 5000)
+    (pair.remote_tree / "2").unlink()
+    await in_step(pair, "remote")
+    assert differences(pair.local_tree, pair.remote_tree) == []
+    assert sent._sender is not None
+    assert sent._sender.sent_bytes < 400_000

@@ -229,8 +229,15 @@ def _unfit(facts: Facts) -> str:
     if backup.status is None:
         return f"the backup server {backup.name} says nothing of this group: {backup.detail or 'it was just asked'}"
     if not backup.status.synced_once:
-        return f"the backup server {backup.name} has never had the whole of the data"
+        return f"the backup server {backup.name} has not got the whole of the data yet"
     return ""
+
+
+def _how(status: GroupStatus) -> str:
+    """A node's state, with the reason where that does not count as it goes."""
+    if status.connected:
+        return status.state
+    return f"{status.state} ({status.reason or 'no connection'})"
 
 
 def _silent(fact: NodeFact) -> str:
@@ -265,7 +272,11 @@ def _normal(state: GroupState, facts: Facts) -> Action:
     if unfit:
         return _stay(f"{served}; a failover is not possible now: {unfit}")
     if not local.reachable:
-        return _stay(f"{served}; its agent {_silent(local)}, so changes are not protected")
+        return _stay(
+            f"{served}; its agent does not answer ({local.detail or 'not asked yet'}), so changes are not protected"
+        )
+    if local.status is not None and (not local.status.connected or local.status.state != "replicating"):
+        return _stay(f"{served}; {local.name} is {_how(local.status)}: changes are not protected")
     return _stay(f"{served}; {backup.name} stands by")
 
 
@@ -284,8 +295,9 @@ def _wished_failover(state: GroupState, facts: Facts) -> Action:
         return _stay(f"{asked}, but {_silent(local)} while its services are not known to have failed")
     if local.status is None or not _agrees(state, local.status):
         return _stay(f"{asked}; waiting until {local.name} has confirmed its role{_why(local)}")
-    if not local.status.connected:
-        return _stay(f"{asked}, but {local.name} has no connection to {backup.name}: its last changes can't be sent")
+    if not local.status.connected or local.status.state != "replicating":
+        # A freeze would make the users wait for nothing.
+        return _stay(f"{asked}, but {local.name} is {_how(local.status)}: its last changes can't be sent")
     return _move(state, "handing_over", f"{asked}: {local.name} stops and sends its last changes first", planned=True)
 
 
@@ -440,8 +452,12 @@ def _not_ready(state: GroupState, facts: Facts) -> str:
         return f"{backup.name} has not confirmed its role as source yet{_why(backup)}"
     if not status.connected:
         return f"{backup.name} has no connection to it ({status.reason})"
-    if status.state != "replicating" or not status.synced_once:
-        return status.reason or f"{backup.name} is {status.state}"
+    if status.state != "replicating":
+        return f"{backup.name} is {status.state}"
+    # A source that has just compared everything has young changes only, and yet all of them still to send. It is the
+    # replica that knows that it has had the whole.
+    if not local.status.synced_once:
+        return f"{backup.name} sends what is missing there"
     if not status.in_step and (status.rpo is None or status.rpo > READY_RPO):
         return f"changes older than {READY_RPO:g} s are still on their way"
     return ""

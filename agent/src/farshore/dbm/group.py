@@ -215,7 +215,15 @@ class Group:
         other: Side = "remote" if self.config.side == "local" else "local"
         record = replace(self._record, epoch=epoch, owner=other, frozen=False)
         if was_owner or not record.lineage:
-            record = replace(record, lineage=secrets.token_hex(16), synced_once=False, keep_aside=True)
+            # A switch in good order begins with a freeze, which ends in step: then this tree has everything.
+            complete = was_owner and self._record.frozen
+            record = replace(
+                record,
+                lineage=secrets.token_hex(16),
+                synced_once=complete,
+                was_in_step=complete,
+                keep_aside=True,
+            )
         self._store(record)
         self._kept_aside = 0
         _log.info("replica", group=self.name, epoch=epoch)
@@ -302,7 +310,7 @@ class Group:
             applier = await loop.run_in_executor(self._worker, self._open_applier)
         self._on_confirmed()
         lineage = bytes.fromhex(self._record.lineage)
-        writer.write(receiver.CODEC.encode(Welcome(wire.PROTOCOL, lineage, applier.started)))
+        writer.write(receiver.CODEC.encode(Welcome(wire.PROTOCOL, lineage, applier.started, self._record.was_in_step)))
         _log.info("receiving", group=self.name, source=peer, epoch=hello.epoch)
         try:
             await receiver.serve(reader, writer, peer, applier, self, self._worker)
@@ -373,7 +381,7 @@ class Group:
     def in_step(self) -> None:
         """The source has sent everything: this tree can stand in for it."""
         if not self._record.synced_once or self._record.keep_aside:
-            self._store(replace(self._record, synced_once=True, keep_aside=False))
+            self._store(replace(self._record, synced_once=True, keep_aside=False, was_in_step=False))
             self._worker.submit(self._end_aside)
             _log.info("in step with the source", group=self.name)
 
@@ -433,7 +441,7 @@ class Group:
         if not sender.connected and not sender.comparing:
             return ("disconnected" if self._confirmed else "unconfirmed"), sender.reason
         if sender.comparing or not sender.compared:
-            return "syncing", f"comparing with {peer} in full, {self._dirty.count()} paths to go"
+            return "syncing", f"comparing with {peer} in full, {sender.looked_at} paths done"
         if self.in_step_now:
             return "replicating", f"{peer} has everything"
         return "replicating", f"{self._dirty.count()} paths on their way to {peer}"

@@ -73,6 +73,16 @@ class Known:
             and self.kind == seen.kind
         )
 
+    def listed_alike(self, seen: Observed) -> bool:
+        """True for a file that a replica which was in step has listed with what was seen, of one name only."""
+        return (
+            self.ino == 0
+            and self.digest is None
+            and self.kind == seen.kind == FileKind.FILE
+            and self.nlink == seen.nlink == 1
+            and (self.size, self.mtime_ns) == (seen.size, seen.mtime_ns)
+        )
+
     def same_meta(self, seen: Observed) -> bool:
         """True when the replica's metadata is what was seen; access times never count as a difference."""
         return (

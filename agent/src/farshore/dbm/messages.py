@@ -127,7 +127,12 @@ class Hello(_Message, frozen=True, tag="hello"):
 
 
 class ListTree(_Message, frozen=True, tag="list?"):
-    """Tell all that is in the replica's tree, with digests: the source does not know it."""
+    """Tell all that is in the replica's tree: the source does not know it.
+
+    Without ``digests``, equal sizes and times will count as equal content.
+    """
+
+    digests: bool
 
 
 class WantSignature(_Message, frozen=True, tag="sign?"):
@@ -192,12 +197,15 @@ class Welcome(_Message, frozen=True, tag="welcome"):
     """``lineage`` names the history of this replica's tree: a source that knows another one compares in full.
 
     ``started`` is the last transaction that the replica began to apply. One more than the source has an
-    acknowledgement for: that transaction may have been applied in full, in part, or not at all.
+    acknowledgement for: that transaction may have been applied in full, in part, or not at all. ``was_in_step``:
+    this side was frozen and in step with the source when it became the replica, so a comparison need not read
+    contents.
     """
 
     protocol: int
     lineage: bytes
     started: int
+    was_in_step: bool
 
 
 class Refused(_Message, frozen=True, tag="refused"):

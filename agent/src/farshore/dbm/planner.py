@@ -90,6 +90,8 @@ class Planner:
         self._operations = 0
         self._bytes = 0
         self.again: list[Hint] = []
+        #: Paths that were looked at so far.
+        self.looked_at = 0
         #: What the transaction changes on the replica; ``drastic`` when a directory is moved or removed by it.
         self.changed: set[tuple[int, bytes]] = set()
         self.drastic = False
@@ -168,15 +170,30 @@ class Planner:
                 self._index.remove(root, child)
 
     def _look(self, batch: Batch, root: int, path: bytes, kind: Kind) -> Messages:
+        self.looked_at += 1
         seen = self._observe(root, path)
         if seen is None:
             batch.vanished.append((root, path))
+            return
+        if not path and self._looks_unmounted(seen):
+            where = os.fsdecode(self._where(root, path))
+            self.problems[root, path] = f"{where}: empty, and on another filesystem than before; is it not mounted?"
             return
         if path and not self._filters[root].allows(path, seen.kind is FileKind.DIRECTORY):
             return
         yield from self._sync(batch, seen, bool(kind & _CONTENT))
         if Kind.RESCAN in kind and seen.kind is FileKind.DIRECTORY:
             batch.walks.append((root, path))
+
+    def _looks_unmounted(self, seen: Observed) -> bool:
+        """An empty directory where a filled one of another filesystem was is a fault, not a wish."""
+        known = self._index.get(seen.root, b"")
+        if known is None or known.dev in (0, seen.dev) or seen.kind is not FileKind.DIRECTORY:
+            return False
+        try:
+            return not os.listdir(self._where(seen.root, b""))
+        except OSError:
+            return True
 
     def _gone(self, batch: Batch, root: int, path: bytes) -> Messages:
         known = self._index.get(root, path)
@@ -321,6 +338,12 @@ class Planner:
 
     def _file(self, batch: Batch, seen: Observed, known: Known | None, force: bool) -> Messages:
         if known is not None and known.same_identity(seen) and not force:
+            return
+        if known is not None and known.listed_alike(seen) and not force:
+            if not known.same_meta(seen):
+                yield from self._emit(SetMeta(seen.root, seen.path, _meta(seen)))
+            self._index.put(_known(seen, None, settled=True))
+            self._disown(seen, [])
             return
         names: list[Known] = []
         if seen.nlink > 1:

@@ -192,12 +192,12 @@ class Applier:
                 raise ProtocolError("the source", f"{type(message).__name__} within a transaction")
         return answers
 
-    def entries(self) -> Iterator[list[Entry]]:
-        """The whole tree in parts."""
+    def entries(self, digests: bool) -> Iterator[list[Entry]]:
+        """The whole tree in parts; with ``digests``, every file is read."""
         part: list[Entry] = []
         size = 0
         for number, tree in enumerate(self._trees):
-            for entry in tree.entries(number):
+            for entry in tree.entries(number, digests):
                 cost = len(entry.path) + sum(len(n) + len(v) for n, v in entry.meta.xattrs) + 100
                 if part and (len(part) >= _ENTRIES_PER_FRAME or size + cost > wire.CHUNK):
                     yield part
@@ -410,8 +410,8 @@ async def serve(
                     writer.write(CODEC.encode(Pong()))
                 case InStep():
                     gate.in_step()
-                case ListTree():
-                    await _send_entries(writer, applier, loop, worker)
+                case ListTree(digests=digests):
+                    await _send_entries(writer, applier.entries(digests), loop, worker)
                 case WantSignature(root=root, path=path):
                     await _send_signature(writer, applier, root, path, loop, worker)
                 case _:
@@ -443,11 +443,10 @@ async def serve(
 
 async def _send_entries(
     writer: asyncio.StreamWriter,
-    applier: Applier,
+    parts: Iterator[list[Entry]],
     loop: asyncio.AbstractEventLoop,
     worker: ThreadPoolExecutor,
 ) -> None:
-    parts = applier.entries()
     while (part := await loop.run_in_executor(worker, next, parts, None)) is not None:
         writer.write(CODEC.encode(Entries(part, False)))
         await writer.drain()

@@ -19,7 +19,8 @@ class Record:
 
     ``lineage`` (hex) names the history of this node's tree as a replica; a source that knows another compares in
     full. ``keep_aside``: until the first full comparison is done, what nobody else has is kept before it is
-    overwritten. ``frozen``: the owner's units were stopped for a switch.
+    overwritten. ``frozen``: the owner's units were stopped for a switch. ``was_in_step``: this node was the frozen
+    owner, and so in step, when it became the replica.
     """
 
     epoch: int = 0
@@ -28,6 +29,7 @@ class Record:
     synced_once: bool = False
     keep_aside: bool = True
     frozen: bool = False
+    was_in_step: bool = False
 
 
 def load(path: Path) -> Record:

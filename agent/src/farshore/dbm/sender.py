@@ -151,6 +151,11 @@ class Sender:
         """True when all that was seen so far is durable on the replica."""
         return self.connected and self.compared and self._dirty.count() == 0
 
+    @property
+    def looked_at(self) -> int:
+        """Paths that were compared since the last full comparison began."""
+        return self._planner.looked_at if self._planner else 0
+
     def problems(self) -> list[str]:
         """What could not be read here or kept there."""
         mine = list(self._planner.problems.values()) if self._planner else []
@@ -248,6 +253,7 @@ class Sender:
         if hints is None:
             await self._compare(reader, writer, index, welcome)
             hints = dirty_everything(range(len(self._roots)))
+            planner.looked_at = 0
         self._dirty.mark(hints, time.monotonic())
         self.connected = self.compared = True
         self.reason = "replicating"
@@ -309,7 +315,7 @@ class Sender:
         _log.info("comparing in full", group=self._group, with_=self._peer.node)
         await self._in_worker(index.begin)
         await self._in_worker(index.clear)
-        writer.write(_CODEC.encode(ListTree()))
+        writer.write(_CODEC.encode(ListTree(digests=not welcome.was_in_step)))
         while True:
             part = await self._read(reader, _ANSWER_SECONDS)
             if not isinstance(part, Entries):

@@ -81,13 +81,13 @@ class Tree:
             return None
         return handle
 
-    def entries(self, root: int) -> Iterator[Entry]:
-        """All that is in the tree, parents before children, with the digests of files."""
+    def entries(self, root: int, digests: bool) -> Iterator[Entry]:
+        """All that is in the tree, parents before children; with ``digests``, every file is read."""
         for seen in scanner.walk(self.root, root, b"", self._filter, self._unreadable):
             if seen.kind is FileKind.SOCKET:
                 continue
             digest = None
-            if seen.kind is FileKind.FILE:
+            if digests and seen.kind is FileKind.FILE:
                 digest = self._digest(seen.path)
                 if digest is None:
                     continue

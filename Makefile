@@ -1,0 +1,77 @@
+# Everything that a contributor, a drill and the CI need. `make` alone says what there is.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+LAB := $(BIN)/python tests/lab/lab
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export ANSIBLE_COLLECTIONS_PATH := $(CURDIR)/collections
+# Deployment runs several pip processes for other hosts; none of them needs to look for a newer pip.
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help
+help: ## What there is to make
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 16
+
+.PHONY: setup
+setup: $(VENV)/.ready ## The virtual environment with the command farshore and all tools
+
+$(VENV)/.ready: tests/requirements.txt agent/pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo 'Python 3.11 or newer is needed; set PYTHON=/path/to/it'; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { apt-get -q update && apt-get -q -y install --no-install-recommends python3-venv; }
+	@echo "Setting up $(VENV) (some minutes at the first time)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet -r tests/requirements.txt -e './agent[node,gateway,mirror]'
+	@touch $@
+
+.PHONY: lab-deps
+lab-deps: setup
+	@$(LAB) deps
+
+.PHONY: drill
+drill: setup lab-deps ## A whole disaster on the lab's hosts; writes build/drill/report.json and report.html
+	@$(BIN)/python tests/drill/run.py
+
+.PHONY: test
+test: setup lab-deps ## All checks and all tests
+	@mkdir -p build
+	$(MAKE) --no-print-directory lint
+	$(BIN)/python -m pytest
+
+.PHONY: lint
+lint: setup ## ruff, mypy, ansible-lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy agent/src
+	$(BIN)/mypy tests/lab
+	$(BIN)/ansible-lint
+
+.PHONY: unit
+unit: setup ## The tests that need no hosts
+	$(BIN)/python -m pytest -m 'not lab'
+
+.PHONY: molecule
+molecule: setup lab-deps ## The collection's roles on the lab's hosts
+	$(BIN)/molecule test
+
+.PHONY: lab-up lab-down
+lab-up: lab-deps ## The lab's hosts, to play with: see tests/lab/README.md
+	@$(LAB) up
+
+lab-down: setup ## Remove the lab's hosts
+	@$(LAB) down
+
+.PHONY: build
+build: setup ## The collection's tarball, in build/
+	@mkdir -p build
+	@$(BIN)/ansible-galaxy collection build --force --output-path build
+
+.PHONY: clean
+clean: ## Remove what was built here; caches outside of the checkout stay
+	rm -rf build $(VENV) agent/src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .ansible
