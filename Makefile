@@ -12,6 +12,8 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export ANSIBLE_COLLECTIONS_PATH := $(CURDIR)/collections
 # Deployment runs several pip processes for other hosts; none of them needs to look for a newer pip.
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# The system's certificates, as pip and apt use them.
+export UV_NATIVE_TLS := 1
 
 .PHONY: help
 help: ## What there is to make
@@ -25,9 +27,10 @@ $(VENV)/.ready: tests/requirements.txt agent/pyproject.toml
 	  { echo 'Python 3.11 or newer is needed; set PYTHON=/path/to/it'; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
 	  { apt-get -q update && apt-get -q -y install --no-install-recommends python3-venv; }
-	@echo "Setting up $(VENV) (some minutes at the first time)"
+	@echo "Setting up $(VENV)"
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet -r tests/requirements.txt -e './agent[node,gateway,mirror]'
+	@$(BIN)/python -m pip install --quiet uv==0.9.30
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python -r tests/requirements.txt -e './agent[node,gateway,mirror]'
 	@touch $@
 
 .PHONY: lab-deps

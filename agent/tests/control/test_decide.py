@@ -276,7 +276,7 @@ def says(fact: NodeFact, **changes: Any) -> NodeFact:
             replace(BACK, failback_pause=3.0),
             "stay",
             None,
-            "failback put off: why; the next try follows",
+            "web1 is in step; as it has failed while it ran, a pause comes before a failback",
         ),
         (replace(AWAY, phase="freezing"), BACK, "freeze", None, "bak1 stops its units and sends its last changes"),
         (replace(AWAY, phase="freezing"), replace(BACK, local=GONE), "call_off", None, "called off: web1 does not"),
@@ -342,9 +342,9 @@ def test_every_phase_decides_about_anything(phase: Any) -> None:
 def test_after_a_freeze_the_next_owner_has_the_next_epoch() -> None:
     freeze = Action("freeze", "", "local")
     promoting = after(replace(NORMAL, phase="handing_over", planned=True), freeze, True, "done")
-    assert (promoting.phase, promoting.owner, promoting.epoch) == ("promoting", "remote", 2)
+    assert (promoting.phase, promoting.owner, promoting.epoch, promoting.failbacks) == ("promoting", "remote", 2, 0)
     hasty = after(replace(NORMAL, phase="handing_over"), freeze, False, "it hangs")
-    assert (hasty.phase, hasty.epoch) == ("promoting", 2)
+    assert (hasty.phase, hasty.epoch, hasty.failbacks) == ("promoting", 2, 1)
     given_up = after(replace(NORMAL, phase="handing_over", planned=True, wish="failover"), freeze, False, "it hangs")
     assert (given_up.phase, given_up.epoch, given_up.wish) == ("normal", 1, "none")
     assert given_up.reason == "failover given up: it hangs"

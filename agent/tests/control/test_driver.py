@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field, replace
+import threading
+from dataclasses import dataclass, field
 from typing import Any
 
 from hypothesis import HealthCheck, currently_in_test_context, settings
@@ -557,7 +558,7 @@ class Disaster(RuleBasedStateMachine):
 
 
 Disaster.TestCase.settings = settings(
-    max_examples=100, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=80, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
 )
 TestDisaster = Disaster.TestCase
 
@@ -729,23 +730,80 @@ def test_a_lost_state_is_taken_over_from_the_nodes_when_both_answer() -> None:
     made.close()
 
 
-def test_a_wish_that_comes_during_a_step_is_not_lost() -> None:
+def test_a_wish_that_comes_while_a_decision_is_stored_is_not_lost() -> None:
     made = bench()
     world = made.world
-    saved = world.save
-    asked = False
+    world.nodes["local"].crash()
+    made.pass_time()
+    made.pass_time()
+    made.poll("local")
+    made.poll("remote")
+    gate = threading.Event()
+    save = world.save
 
-    def save(state: GroupState) -> None:
-        nonlocal asked
-        saved(state)
-        if state.phase == "failed_over" and not asked:
-            asked = True
-            made.driver.state = replace(made.driver.state, wish="recover")
+    def slow(state: GroupState) -> None:
+        gate.wait(30)
+        save(state)
 
-    world.save = save  # type: ignore[method-assign]
+    async def race() -> None:
+        wish = asyncio.create_task(made.driver.wish("recover"))
+        await asyncio.sleep(0.01)
+        step = asyncio.create_task(made.driver.step())
+        await asyncio.sleep(0.01)
+        gate.set()
+        await asyncio.gather(wish, step)
+
+    world.save = slow  # type: ignore[method-assign]
+    made.run(race())
+    assert (made.state.phase, made.state.wish) == ("promoting", "recover")
+    assert world.stored == made.state
+    made.close()
+
+
+def test_a_failback_whose_last_changes_cannot_be_sent_is_put_off() -> None:
+    made = bench()
+    world = made.world
     world.nodes["local"].crash()
     made.go(12)
-    assert asked and made.state.phase == "failed_over"
+    world.nodes["local"].up = True
+    while made.state.phase != "freezing":
+        made.go(1)
+    world.linked = False
+    world.write()
+    made.turn()
+    assert made.state.phase == "recovering" and made.state.switched and world.nodes["remote"].serves
+    assert "failback put off: bak1 could not send its last changes" in made.driver.reason
+    world.linked = True
+    made.go(40)
+    assert made.state.phase == "normal" and world.writes["remote"] <= world.nodes["local"].data
+    made.close()
+
+
+def test_a_backup_that_fails_again_during_the_failback_keeps_what_users_wrote_there() -> None:
+    made = bench()
+    world = made.world
+    world.nodes["local"].crash()
+    made.go(12)
+    world.nodes["local"].up = True
+    while made.state.phase != "returning":
+        made.go(1)
+    world.nodes["local"].mode = "units fail"
+    made.turn()
+    made.poll("remote")
+    made.turn()
+    assert made.state.phase == "promoting" and made.state.switched
+    # It takes over, but says so too late; users write there at once.
+    world.nodes["remote"].mode = "loses answers"
+    world.linked = False
+    made.turn()
+    world.write()
+    world.nodes["local"].mode = "well"
+    made.go(10)
+    assert world.rules == "remote" and made.state.owner == "remote"
+    world.nodes["remote"].mode = "well"
+    world.linked = True
+    made.go(60, seconds=5.0)
+    assert made.state.phase == "normal" and world.writes["remote"] <= world.nodes["local"].data
     made.close()
 
 

@@ -110,11 +110,11 @@ def after(state: GroupState, action: Action, ok: bool, why: str) -> GroupState:
     """The state that follows when ``action`` went well, or failed for the reason ``why``."""
     match action.kind, action.side, ok:
         case "freeze", "local", True:
-            return _enter(state, "promoting", why, owner="remote", epoch=state.epoch + 1)
+            return _hand_over(state, why)
         case "freeze", "local", False if state.planned:
             return _enter(state, "normal", f"failover given up: {why}", wish="none", planned=False)
         case "freeze", "local", False:
-            return _enter(state, "promoting", why, owner="remote", epoch=state.epoch + 1)
+            return _hand_over(state, why)
         case "freeze", _, True:
             return _enter(state, "returning", why, owner="local", epoch=state.epoch + 1)
         case "freeze", _, False:
@@ -137,6 +137,12 @@ def after(state: GroupState, action: Action, ok: bool, why: str) -> GroupState:
             return _again(replace(state, failbacks=state.failbacks + state.switched), why)
         case _:
             raise ValueError(f"{action.kind} has no outcome")
+
+
+def _hand_over(state: GroupState, why: str) -> GroupState:
+    # A service that failed on a server that runs may fail there again: no failback as soon as the data allow it.
+    pause = 0 if state.planned else 1
+    return _enter(state, "promoting", why, owner="remote", epoch=state.epoch + 1, failbacks=state.failbacks + pause)
 
 
 def _again(state: GroupState, why: str) -> GroupState:
@@ -281,7 +287,7 @@ def _normal(state: GroupState, facts: Facts) -> Action:
 
 
 def _wished_failover(state: GroupState, facts: Facts) -> Action:
-    local, backup = facts.local, facts.backup
+    local = facts.local
     step = _settle(state, facts, "local") or _settle(state, facts, "remote")
     if step:
         return step
@@ -436,7 +442,9 @@ def _recovering(state: GroupState, facts: Facts) -> Action:
         reason = f"{served}; {local.name} is in step; {hold}: waiting for a failback"
         return _stay(reason) if state.phase == "recovered" else _move(state, "recovered", reason)
     if facts.failback_pause > 0:
-        return _stay(f"{served}; {local.name} is in step; {state.reason}; the next try follows")
+        return _stay(
+            f"{served}; {local.name} is in step; as it has failed while it ran, a pause comes before a failback"
+        )
     if not backup.reachable or _not_ready(state, facts):
         return _stay(f"{served}; {local.name} waits for a quiet moment to go back")
     return _move(state, "freezing", f"{local.name} is in step: the users go back to it")

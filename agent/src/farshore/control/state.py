@@ -36,7 +36,7 @@ class GroupState:
 
     ``switched``: users are sent to the backup server. ``planned``: the running failover is an operator's and gives
     up rather than lose data. ``tries`` counts the failures of this phase's step, ``attempts`` all of them since
-    the group was last settled, ``failbacks`` the failed attempts to go back.
+    the group was last settled, ``failbacks`` the failures of a local server that ran: each makes the way back later.
     """
 
     group: str

@@ -1,0 +1,360 @@
+# Copyright: The Farshore authors
+# GNU General Public License v3.0 or later (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""Filters that compute each host's part from what the user wrote: ``farshore_sites`` and ``farshore_groups``."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+DOCUMENTATION = r"""
+name: intent
+short_description: Compute a host's part from the declared protection groups
+description: See the filters themselves.
+author: The Farshore authors
+"""
+
+NODE_TYPES = {"ldrg": "ldrg", "rdrg": "rdrg", "local_servers": "local_server", "backup_servers": "backup_server"}
+SITE_OF = {"ldrg": "ldc", "local_servers": "ldc", "rdrg": "rbc", "backup_servers": "rbc"}
+
+_GROUP_KEYS = (
+    "local_server", "backup_server", "paths", "services", "units",
+    "failover", "failback", "rpo", "hold_down", "step_timeout",
+)  # fmt: skip
+_SITE_KEYS = ("network", "public_address")
+_PATH_KEYS = ("path", "replica", "include", "exclude")
+_SERVICE_KEYS = ("port", "protocol", "backend_port", "check")
+_CHECK_KEYS = ("kind", "interval", "timeout", "rise", "fall", "path", "host", "statuses")
+_RPO_KEYS = ("warn", "critical")
+_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,19}")
+_UNIT = re.compile(r"[A-Za-z0-9:_.@\\-]+\.(service|socket|target|timer|path|mount)")
+
+Intent = Mapping[str, Mapping[str, Any]]
+HostVars = Mapping[str, Mapping[str, Any]]
+
+
+def node_groups(intent: Intent, host: str, hostvars: HostVars, replica_root: str, port: int = 7820) -> dict[str, Any]:
+    """``groups`` of ``host``'s node.yml: each group that it is the local or the backup server of."""
+    found: dict[str, Any] = {}
+    for name, group in sorted(intent.items()):
+        ends = {"local": group["local_server"], "remote": group["backup_server"]}
+        for side, peer in (("local", "remote"), ("remote", "local")):
+            if ends[side] != host:
+                continue
+            entry: dict[str, Any] = {
+                "side": side,
+                "peer": _node(ends[peer], hostvars, port),
+                "paths": [_path(item, name, side, intent, replica_root) for item in group["paths"]],
+            }
+            if group.get("units"):
+                entry["units"] = list(group["units"])
+            if group.get("rpo"):
+                entry["rpo"] = dict(group["rpo"])
+            found[str(name)] = entry
+    return found
+
+
+def monitor_groups(intent: Intent, hostvars: HostVars, port: int = 7820) -> dict[str, Any]:
+    """``groups`` of the gateway's monitor.yml: all of them."""
+    found: dict[str, Any] = {}
+    for name, group in sorted(intent.items()):
+        entry: dict[str, Any] = {
+            "local": _node(group["local_server"], hostvars, port),
+            "backup": _node(group["backup_server"], hostvars, port),
+            "services": [dict(service) for service in group["services"]],
+        }
+        for key in ("failover", "failback", "hold_down", "step_timeout", "rpo"):
+            if key in group:
+                entry[key] = group[key]
+        found[str(name)] = entry
+    return found
+
+
+def publications(intent: Intent, hostvars: HostVars) -> list[dict[str, Any]]:
+    """The ports that users reach through the gateway, and the local servers behind them."""
+    return [
+        {
+            "group": str(name),
+            "protocol": service.get("protocol", "tcp"),
+            "port": service["port"],
+            "address": hostvars[group["local_server"]]["farshore_address"],
+            "backend_port": service.get("backend_port") or service["port"],
+        }
+        for name, group in sorted(intent.items())
+        for service in group["services"]
+    ]
+
+
+def backup_groups(intent: Intent, host: str) -> dict[str, list[str]]:
+    """The groups that ``host`` is the backup server of, with their units."""
+    return {
+        str(name): list(group.get("units") or [])
+        for name, group in sorted(intent.items())
+        if group["backup_server"] == host
+    }
+
+
+def node_type(groups: Mapping[str, Sequence[str]], host: str) -> str:
+    """The node-type role of ``host``: ldrg, rdrg, local_server or backup_server; empty for other hosts."""
+    return next((role for group, role in NODE_TYPES.items() if host in groups.get(group, ())), "")
+
+
+def gateway_place(
+    groups: Mapping[str, Sequence[str]], host: str, sites: Mapping[str, Any], hostvars: HostVars
+) -> dict[str, str]:
+    """A gateway's addresses and its peer's: what the tunnel and the firewall are made from."""
+    here, there = ("ldrg", "rdrg") if host in groups.get("ldrg", ()) else ("rdrg", "ldrg")
+    own, peer = sites[SITE_OF[here]], sites[SITE_OF[there]]
+    return {
+        "site": SITE_OF[here],
+        "network": own["network"],
+        "public_address": own["public_address"],
+        "lan_address": hostvars[host]["farshore_address"],
+        "peer": groups[there][0],
+        "peer_network": peer["network"],
+        "peer_public_address": peer["public_address"],
+    }
+
+
+def intent_errors(
+    intent: Any, sites: Any, groups: Mapping[str, Sequence[str]], hostvars: HostVars, replica_root: str = "/"
+) -> list[str]:
+    """What is wrong in the inventory, as sentences that name the key, the value and what is allowed."""
+    errors = list(_site_errors(sites))
+    errors += _host_errors(sites if not errors else {}, groups, hostvars)
+    if not isinstance(intent, Mapping) or not intent:
+        return [*errors, f"farshore_groups: {intent!r} is not allowed; a mapping with at least one group is"]
+    for name, group in intent.items():
+        errors += _group_errors(f"farshore_groups.{name}", name, group, groups)
+    return errors or [*_port_clashes(intent), *_path_clashes(intent, replica_root)]
+
+
+def status_table(groups: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The monitor's groups as the lines of a table."""
+    rows = [("GROUP", "PHASE", "SERVED BY", "OWNER", "EPOCH", "RPO", "BACKLOG", "WHY")]
+    for name, group in sorted(groups.items()):
+        source = group.get("local" if group.get("owner") == "local" else "backup") or {}
+        rpo = source.get("rpo")
+        rows.append((
+            name, group.get("phase", ""), group.get("served_by", ""), group.get("owner", ""),
+            str(group.get("epoch", "")), "unknown" if rpo is None else f"{rpo:.1f} s",
+            str(source.get("backlog_paths", "unknown")), group.get("reason", ""),
+        ))  # fmt: skip
+    widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join(str(cell).ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _node(host: str, hostvars: HostVars, port: int) -> dict[str, Any]:
+    return {"node": str(host), "address": hostvars[host]["farshore_address"], "port": int(port)}
+
+
+def _path(item: Any, group: str, side: str, intent: Intent, replica_root: str) -> dict[str, Any]:
+    source = _source(item)
+    path = _replica(item, group, intent, replica_root) if side == "remote" else source
+    entry: dict[str, Any] = {"source": source, "path": path}
+    if isinstance(item, Mapping):
+        entry.update({key: list(item[key]) for key in ("include", "exclude") if item.get(key)})
+    return entry
+
+
+def _source(item: Any) -> str:
+    return item["path"] if isinstance(item, Mapping) else item
+
+
+def _replica(item: Any, group: str, intent: Intent, replica_root: str) -> str:
+    """The same path where one server is backed up; below ``replica_root`` where several are."""
+    if isinstance(item, Mapping) and item.get("replica"):
+        return item["replica"]
+    backup = intent[group]["backup_server"]
+    servers = {other["local_server"] for other in intent.values() if other["backup_server"] == backup}
+    source = _source(item)
+    return source if len(servers) == 1 else f"{replica_root.rstrip('/')}/{group}{source}"
+
+
+def _site_errors(sites: Any) -> Iterator[str]:
+    if not isinstance(sites, Mapping) or set(sites) != {"ldc", "rbc"}:
+        given = ", ".join(map(str, sites)) if isinstance(sites, Mapping) else repr(sites)
+        yield f"farshore_sites: has {given}; it must have exactly ldc and rbc"
+        return
+    networks = []
+    for name, site in sites.items():
+        where = f"farshore_sites.{name}"
+        yield from _keys(where, site, _SITE_KEYS, required=_SITE_KEYS)
+        if not isinstance(site, Mapping):
+            continue
+        try:
+            networks.append(ipaddress.ip_network(site.get("network", "")))
+        except ValueError:
+            yield f"{where}.network: {site.get('network')!r} is not a network such as 10.1.0.0/24"
+        if not _is_address(site.get("public_address")):
+            yield f"{where}.public_address: {site.get('public_address')!r} is not an IP address"
+    if len(networks) == 2 and networks[0].overlaps(networks[1]):
+        yield f"farshore_sites: the networks {networks[0]} and {networks[1]} overlap; the sites need different ones"
+
+
+def _host_errors(sites: Mapping[str, Any], groups: Mapping[str, Sequence[str]], hostvars: HostVars) -> Iterator[str]:
+    for group in ("ldrg", "rdrg"):
+        if len(groups.get(group, ())) != 1:
+            yield f"inventory group {group}: has {len(groups.get(group, ()))} hosts; exactly one is allowed"
+    seen: dict[str, str] = {}
+    for group, site in SITE_OF.items():
+        for host in groups.get(group, ()):
+            where = f"host {host}: farshore_address"
+            if host in seen:
+                yield f"host {host}: is in the inventory groups {seen[host]} and {group}; one type of node is allowed"
+                continue
+            seen[host] = group
+            address = hostvars[host].get("farshore_address")
+            if not _is_address(address):
+                yield f"{where}: {address!r} is not allowed; the host's IP address in its site's LAN is"
+            elif sites and ipaddress.ip_address(address) not in ipaddress.ip_network(sites[site]["network"]):
+                yield f"{where}: {address} is not in farshore_sites.{site}.network, {sites[site]['network']}"
+
+
+def _group_errors(where: str, name: Any, group: Any, groups: Mapping[str, Sequence[str]]) -> Iterator[str]:
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        yield f"{where}: is not a name; up to 20 letters, digits, - and _, beginning with a letter, are allowed"
+    yield from _keys(where, group, _GROUP_KEYS, required=("local_server", "backup_server", "paths", "services"))
+    if not isinstance(group, Mapping):
+        return
+    for key, inventory_group in (("local_server", "local_servers"), ("backup_server", "backup_servers")):
+        hosts = groups.get(inventory_group, ())
+        if key in group and group[key] not in hosts:
+            allowed = ", ".join(hosts) or "nothing: the group is empty"
+            yield f"{where}.{key}: {group[key]!r} is not in the inventory group {inventory_group}; allowed: {allowed}"
+    for key in ("failover", "failback"):
+        if group.get(key, "auto") not in ("auto", "manual"):
+            yield f"{where}.{key}: {group[key]!r} is not allowed; allowed: auto, manual"
+    for key in ("hold_down", "step_timeout"):
+        if not _is_number(group.get(key, 1)):
+            yield f"{where}.{key}: {group[key]!r} is not a number of seconds"
+    yield from _rpo_errors(f"{where}.rpo", group.get("rpo", {}))
+    yield from _list_errors(where, group, "paths", _path_errors)
+    yield from _list_errors(where, group, "services", _service_errors)
+    for i, unit in enumerate(group.get("units") or []):
+        if not isinstance(unit, str) or not _UNIT.fullmatch(unit):
+            yield f"{where}.units[{i}]: {unit!r} is not a unit's full name such as nginx.service"
+
+
+def _list_errors(where: str, group: Mapping[str, Any], key: str, check: Any) -> Iterator[str]:
+    items = group.get(key)
+    if key in group and (not isinstance(items, Sequence) or isinstance(items, str) or not items):
+        yield f"{where}.{key}: {items!r} is not allowed; a list with at least one item is"
+        return
+    for i, item in enumerate(items or []):
+        yield from check(f"{where}.{key}[{i}]", item)
+
+
+def _path_errors(where: str, item: Any) -> Iterator[str]:
+    if isinstance(item, str):
+        item = {"path": item}
+    yield from _keys(where, item, _PATH_KEYS, required=("path",))
+    if not isinstance(item, Mapping):
+        return
+    for key in ("path", "replica"):
+        value = item.get(key, "/x")
+        if not isinstance(value, str) or not value.startswith("/") or "/../" in value + "/" or not value.strip("/"):
+            yield f"{where}.{key}: {value!r} is not allowed; an absolute path other than / is"
+    for key in ("include", "exclude"):
+        value = item.get(key, [])
+        if not isinstance(value, Sequence) or isinstance(value, str):
+            yield f"{where}.{key}: {value!r} is not a list of patterns"
+
+
+def _service_errors(where: str, item: Any) -> Iterator[str]:
+    yield from _keys(where, item, _SERVICE_KEYS, required=("port",))
+    if not isinstance(item, Mapping):
+        return
+    for key in ("port", "backend_port"):
+        value = item.get(key, 1)
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 65535:
+            yield f"{where}.{key}: {value!r} is not a port in 1..65535"
+    if item.get("protocol", "tcp") not in ("tcp", "udp"):
+        yield f"{where}.protocol: {item['protocol']!r} is not allowed; allowed: tcp, udp"
+    check = item.get("check", {})
+    yield from _keys(f"{where}.check", check, _CHECK_KEYS)
+    if not isinstance(check, Mapping):
+        return
+    if check.get("kind", "tcp") not in ("tcp", "http"):
+        yield f"{where}.check.kind: {check['kind']!r} is not allowed; allowed: tcp, http"
+    for key in ("interval", "timeout", "rise", "fall"):
+        if not _is_number(check.get(key, 1)) or check.get(key, 1) <= 0:
+            yield f"{where}.check.{key}: {check[key]!r} is not a number above 0"
+
+
+def _rpo_errors(where: str, rpo: Any) -> Iterator[str]:
+    yield from _keys(where, rpo, _RPO_KEYS)
+    if isinstance(rpo, Mapping):
+        warn, critical = rpo.get("warn", 5), rpo.get("critical", 30)
+        if not (_is_number(warn) and _is_number(critical) and 0 < warn <= critical):
+            yield f"{where}: warn {warn!r} and critical {critical!r}; allowed: 0 < warn <= critical, in seconds"
+
+
+def _keys(where: str, item: Any, allowed: Sequence[str], required: Sequence[str] = ()) -> Iterator[str]:
+    if not isinstance(item, Mapping):
+        yield f"{where}: {item!r} is not a mapping; its keys are {', '.join(allowed)}"
+        return
+    for key in item:
+        if key not in allowed:
+            yield f"{where}.{key}: is not a known key; allowed: {', '.join(allowed)}"
+    for key in required:
+        if key not in item:
+            yield f"{where}.{key}: is missing"
+
+
+def _port_clashes(intent: Intent) -> Iterator[str]:
+    seen: dict[tuple[str, int], str] = {}
+    for name, group in intent.items():
+        for service in group["services"]:
+            key = (service.get("protocol", "tcp"), service["port"])
+            if key in seen:
+                yield (
+                    f"farshore_groups.{name}.services: port {key[1]}/{key[0]} is published by group {seen[key]} already"
+                )
+            seen.setdefault(key, str(name))
+
+
+def _path_clashes(intent: Intent, replica_root: str) -> Iterator[str]:
+    seen: dict[str, list[tuple[str, str]]] = {}
+    for name, group in sorted(intent.items()):
+        for item in group["paths"]:
+            for host, path in (
+                (group["local_server"], _source(item)),
+                (group["backup_server"], _replica(item, name, intent, replica_root)),
+            ):
+                for other_name, other in seen.setdefault(host, []):
+                    if f"{path}/".startswith(f"{other}/") or f"{other}/".startswith(f"{path}/"):
+                        yield (
+                            f"farshore_groups.{name}.paths: {path} and {other} of group {other_name} "
+                            f"are the same place or lie in each other on {host}"
+                        )
+                seen[host].append((str(name), path.rstrip("/")))
+
+
+def _is_address(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and bool(ipaddress.ip_address(value))
+    except ValueError:
+        return False
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+class FilterModule:
+    """Ansible's entry point."""
+
+    def filters(self) -> dict[str, Any]:
+        return {
+            "backup_groups": backup_groups,
+            "gateway_place": gateway_place,
+            "intent_errors": intent_errors,
+            "monitor_groups": monitor_groups,
+            "node_groups": node_groups,
+            "node_type": node_type,
+            "publications": publications,
+            "status_table": status_table,
+        }

@@ -1,0 +1,112 @@
+#!/usr/bin/env python3
+"""What is in a tree: one JSON object a line for each path, by content and metadata.
+
+Depends on nothing of the agent's, so that it can bear witness to it. Access times, change times, inode numbers
+and the sizes of directories are left out: they are each machine's own. Hard links show as the first name of their
+set. Names are given with surrogateescape, so that they can hold any bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import hashlib
+import json
+import os
+import stat
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+STAGING = ".farshore-"
+TYPES = {
+    stat.S_IFREG: "file",
+    stat.S_IFDIR: "directory",
+    stat.S_IFLNK: "symlink",
+    stat.S_IFIFO: "fifo",
+    stat.S_IFSOCK: "socket",
+    stat.S_IFCHR: "device",
+    stat.S_IFBLK: "device",
+}
+Matcher = Callable[[str], bool]
+
+
+def matcher(patterns: list[str]) -> Matcher:
+    """Whether a path matches patterns as in a .gitignore; without the package pathspec only plain name patterns."""
+    if not patterns:
+        return lambda path: False
+    try:
+        from pathspec import GitIgnoreSpec
+    except ImportError:
+        return lambda path: any(fnmatch.fnmatchcase(os.path.basename(path.rstrip("/")), p) for p in patterns)
+    spec = GitIgnoreSpec.from_lines(patterns)
+    return lambda path: bool(spec.match_file(path))
+
+
+def entries(root: str, excluded: Matcher, included: Matcher) -> Iterator[dict[str, Any]]:
+    """The entries of ``root`` in order of their paths; the root itself is ``.``."""
+    links: dict[tuple[int, int], str] = {}
+    pending = [""]
+    while pending:
+        path = pending.pop()
+        full = os.path.join(root, path) if path else root
+        try:
+            status = os.lstat(full)
+        except FileNotFoundError:
+            continue
+        yield describe(full, path or ".", status, links)
+        if stat.S_ISDIR(status.st_mode):
+            below = [
+                os.path.join(path, name) for name in sorted(os.listdir(full), reverse=True)
+                if not name.startswith(STAGING)
+            ]  # fmt: skip
+            pending += [name for name in below if included(name) or not excluded(_shown(root, name))]
+
+
+def _shown(root: str, path: str) -> str:
+    return path + "/" if os.path.isdir(os.path.join(root, path)) else path
+
+
+def describe(full: str, path: str, status: os.stat_result, links: dict[tuple[int, int], str]) -> dict[str, Any]:
+    """One entry."""
+    entry: dict[str, Any] = {
+        "path": path,
+        "type": TYPES.get(stat.S_IFMT(status.st_mode), "other"),
+        "mode": stat.S_IMODE(status.st_mode),
+        "uid": status.st_uid,
+        "gid": status.st_gid,
+        "mtime_ns": status.st_mtime_ns,
+    }
+    if entry["type"] == "file":
+        entry["size"] = status.st_size
+        with open(full, "rb") as file:
+            entry["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+    elif entry["type"] == "symlink":
+        entry["target"] = os.readlink(full)
+    elif entry["type"] == "device":
+        entry["device"] = [os.major(status.st_rdev), os.minor(status.st_rdev)]
+    if entry["type"] != "directory" and status.st_nlink > 1:
+        entry["link"] = links.setdefault((status.st_dev, status.st_ino), path)
+    try:
+        names = sorted(os.listxattr(full, follow_symlinks=False))
+        entry["xattrs"] = {name: os.getxattr(full, name, follow_symlinks=False).hex() for name in names}
+    except OSError:
+        entry["xattrs"] = {}
+    return entry
+
+
+def main() -> None:
+    """Print the manifest of a tree."""
+    parser = argparse.ArgumentParser(description="List a tree by content and metadata.")
+    parser.add_argument("root")
+    parser.add_argument("--as", dest="name", default="", help="name of the tree in the list; default: its path")
+    parser.add_argument("--exclude", action="append", default=[], help="pattern of paths to leave out")
+    parser.add_argument("--include", action="append", default=[], help="pattern of paths to list all the same")
+    options = parser.parse_args()
+    for entry in entries(options.root, matcher(options.exclude), matcher(options.include)):
+        entry["root"] = options.name or options.root
+        sys.stdout.write(json.dumps(entry, sort_keys=True) + "\n")
+
+
+if __name__ == "__main__":
+    main()

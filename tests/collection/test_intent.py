@@ -1,0 +1,182 @@
+"""What a host's part is, computed from what the user wrote; and what is said about mistakes."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import yaml
+
+Inventory = dict[str, Any]
+
+
+@pytest.fixture
+def inventory(root: Path) -> Inventory:
+    """The example inventory, as the filters are given it."""
+    hosts = yaml.safe_load((root / "inventories/example/hosts.yml").read_text())["all"]["children"]
+    variables = yaml.safe_load((root / "inventories/example/group_vars/all.yml").read_text())
+    return {
+        "sites": variables["farshore_sites"],
+        "groups": {name: list(group["hosts"]) for name, group in hosts.items()},
+        "hostvars": {host: data for group in hosts.values() for host, data in group["hosts"].items()},
+        "intent": variables["farshore_groups"],
+    }
+
+
+@pytest.fixture
+def two_servers(inventory: Inventory) -> Inventory:
+    """A second local server, backed up on the same backup server."""
+    changed = copy.deepcopy(inventory)
+    changed["groups"]["local_servers"].append("db1")
+    changed["hostvars"]["db1"] = {"farshore_address": "10.1.0.11"}
+    changed["intent"]["db"] = {
+        "local_server": "db1",
+        "backup_server": "bak1",
+        "paths": ["/srv/www"],
+        "services": [{"port": 5432, "backend_port": 5433}],
+    }
+    return changed
+
+
+def errors(intent: ModuleType, inventory: Inventory) -> list[str]:
+    found: list[str] = intent.intent_errors(
+        inventory["intent"], inventory["sites"], inventory["groups"], inventory["hostvars"]
+    )
+    return found
+
+
+def test_both_ends_of_a_group_name_each_other(intent: ModuleType, inventory: Inventory) -> None:
+    local = intent.node_groups(inventory["intent"], "web1", inventory["hostvars"], "/replicas")
+    remote = intent.node_groups(inventory["intent"], "bak1", inventory["hostvars"], "/replicas")
+    assert local["web"]["side"] == "local"
+    assert local["web"]["peer"] == {"node": "bak1", "address": "10.2.0.10", "port": 7820}
+    assert remote["web"]["side"] == "remote"
+    assert remote["web"]["peer"] == {"node": "web1", "address": "10.1.0.10", "port": 7820}
+
+
+def test_one_server_is_backed_up_at_the_same_path(intent: ModuleType, inventory: Inventory) -> None:
+    remote = intent.node_groups(inventory["intent"], "bak1", inventory["hostvars"], "/replicas")
+    assert remote["web"]["paths"] == [{"source": "/srv/www", "path": "/srv/www", "exclude": ["*.tmp"]}]
+
+
+def test_several_servers_are_backed_up_below_the_replica_root(intent: ModuleType, two_servers: Inventory) -> None:
+    remote = intent.node_groups(two_servers["intent"], "bak1", two_servers["hostvars"], "/replicas/")
+    assert [path["path"] for group in remote.values() for path in group["paths"]] == [
+        "/replicas/db/srv/www",
+        "/replicas/web/srv/www",
+    ]
+    assert errors(intent, two_servers) == []
+
+
+def test_a_replica_lies_where_the_user_says(intent: ModuleType, inventory: Inventory) -> None:
+    inventory["intent"]["web"]["paths"][0]["replica"] = "/data/web"
+    remote = intent.node_groups(inventory["intent"], "bak1", inventory["hostvars"], "/replicas")
+    assert remote["web"]["paths"][0]["path"] == "/data/web"
+
+
+def test_hosts_without_a_group_have_none(intent: ModuleType, inventory: Inventory) -> None:
+    assert intent.node_groups(inventory["intent"], "ldrg", inventory["hostvars"], "/replicas") == {}
+
+
+def test_the_monitor_knows_every_group(intent: ModuleType, two_servers: Inventory) -> None:
+    groups = intent.monitor_groups(two_servers["intent"], two_servers["hostvars"])
+    assert set(groups) == {"db", "web"}
+    assert groups["web"]["failover"] == "auto"
+    assert groups["db"]["services"] == [{"port": 5432, "backend_port": 5433}]
+    assert groups["db"]["local"] == {"node": "db1", "address": "10.1.0.11", "port": 7820}
+
+
+def test_publications_lead_to_the_local_servers(intent: ModuleType, two_servers: Inventory) -> None:
+    assert intent.publications(two_servers["intent"], two_servers["hostvars"]) == [
+        {"group": "db", "protocol": "tcp", "port": 5432, "address": "10.1.0.11", "backend_port": 5433},
+        {"group": "web", "protocol": "tcp", "port": 80, "address": "10.1.0.10", "backend_port": 80},
+    ]
+
+
+def test_the_gateways_places_mirror_each_other(intent: ModuleType, inventory: Inventory) -> None:
+    args = inventory["sites"], inventory["hostvars"]
+    here = intent.gateway_place(inventory["groups"], "ldrg", *args)
+    there = intent.gateway_place(inventory["groups"], "rdrg", *args)
+    assert here["network"] == there["peer_network"] == "10.1.0.0/24"
+    assert here["peer_public_address"] == there["public_address"] == "198.51.100.1"
+    assert (here["peer"], there["peer"]) == ("rdrg", "ldrg")
+
+
+@pytest.mark.parametrize(
+    ("host", "role"),
+    [("ldrg", "ldrg"), ("rdrg", "rdrg"), ("web1", "local_server"), ("bak1", "backup_server"), ("user", "")],
+)
+def test_the_inventory_group_is_the_type_of_node(
+    intent: ModuleType, inventory: Inventory, host: str, role: str
+) -> None:
+    assert intent.node_type(inventory["groups"], host) == role
+
+
+def test_the_example_is_right(intent: ModuleType, inventory: Inventory) -> None:
+    assert errors(intent, inventory) == []
+
+
+MISTAKES: list[tuple[list[Any], Any, str]] = [
+    (["intent", "web", "pathes"], [], "farshore_groups.web.pathes: is not a known key; allowed: local_server"),
+    (["intent", "web", "local_server"], "web2", "'web2' is not in the inventory group local_servers; allowed: web1"),
+    (["intent", "web", "failover"], "yes", "farshore_groups.web.failover: 'yes' is not allowed; allowed: auto, manual"),
+    (["intent", "web", "paths"], [], "farshore_groups.web.paths: [] is not allowed"),
+    (["intent", "web", "paths", 0, "path"], "srv", "farshore_groups.web.paths[0].path: 'srv' is not allowed"),
+    (["intent", "web", "paths", 0, "path"], "/a/../b", "farshore_groups.web.paths[0].path: '/a/../b'"),
+    (["intent", "web", "services", 0, "port"], 70000, "farshore_groups.web.services[0].port: 70000 is not a port"),
+    (["intent", "web", "services", 0, "check", "kind"], "smtp", "services[0].check.kind: 'smtp' is not allowed"),
+    (["intent", "web", "units", 0], "nginx", "farshore_groups.web.units[0]: 'nginx' is not a unit's full name"),
+    (["intent", "web", "rpo"], {"warn": 9, "critical": 3}, "farshore_groups.web.rpo: warn 9 and critical 3"),
+    (["sites", "ldc", "network"], "10.1.0.0/99", "farshore_sites.ldc.network: '10.1.0.0/99' is not a network"),
+    (["sites", "rbc", "network"], "10.1.0.0/16", "farshore_sites: the networks 10.1.0.0/24 and 10.1.0.0/16 overlap"),
+    (["hostvars", "bak1", "farshore_address"], "10.9.0.1", "host bak1: farshore_address: 10.9.0.1 is not in"),
+    (["hostvars", "web1"], {}, "host web1: farshore_address: None is not allowed"),
+    (["groups", "rdrg"], [], "inventory group rdrg: has 0 hosts; exactly one is allowed"),
+    (["groups", "backup_servers"], ["bak1", "web1"], "host web1: is in the inventory groups local_servers and backup"),
+    (["intent"], {}, "farshore_groups: {} is not allowed"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "message"), MISTAKES, ids=lambda item: None)
+def test_a_mistake_is_named(intent: ModuleType, inventory: Inventory, key: list[Any], value: Any, message: str) -> None:
+    place: Any = inventory
+    for step in key[:-1]:
+        place = place[step]
+    place[key[-1]] = value
+    assert any(message in error for error in errors(intent, inventory)), errors(intent, inventory)
+
+
+def test_a_port_is_published_once(intent: ModuleType, two_servers: Inventory) -> None:
+    two_servers["intent"]["db"]["services"][0]["port"] = 80
+    assert any("port 80/tcp is published by group" in error for error in errors(intent, two_servers))
+
+
+def test_paths_that_meet_on_a_host_are_refused(intent: ModuleType, inventory: Inventory) -> None:
+    inventory["intent"]["images"] = copy.deepcopy(inventory["intent"]["web"])
+    inventory["intent"]["images"].update(paths=["/srv/www/images"], services=[{"port": 81}])
+    assert any("lie in each other on bak1" in error for error in errors(intent, inventory))
+
+
+def test_what_is_computed_is_what_the_agent_reads(intent: ModuleType, two_servers: Inventory) -> None:
+    config = pytest.importorskip("farshore.config")
+    tls = {"ca": "/ca", "certificate": "/crt", "key": "/key"}
+    groups, hostvars = two_servers["intent"], two_servers["hostvars"]
+    node = {"node": "bak1", "listen": {"address": "10.2.0.10"}, "tls": tls}
+    node["groups"] = intent.node_groups(groups, "bak1", hostvars, "/replicas")
+    assert set(config.parse(node, config.NodeConfig).groups) == {"db", "web"}
+    monitor = {"node": "ldrg", "tls": tls, "gateway": {"public_address": "203.0.113.1", "lan_address": "10.1.0.1"}}
+    monitor["groups"] = intent.monitor_groups(groups, hostvars)
+    assert set(config.parse(monitor, config.MonitorConfig).groups) == {"db", "web"}
+
+
+def test_the_status_is_a_table(intent: ModuleType) -> None:
+    group = {
+        "phase": "normal", "served_by": "local", "owner": "local", "epoch": 1, "reason": "all is well",
+        "local": {"rpo": 0.25, "backlog_paths": 3}, "backup": None,
+    }  # fmt: skip
+    head, row = intent.status_table({"web": group})
+    assert head.split() == ["GROUP", "PHASE", "SERVED", "BY", "OWNER", "EPOCH", "RPO", "BACKLOG", "WHY"]
+    assert row.split() == ["web", "normal", "local", "local", "1", "0.2", "s", "3", "all", "is", "well"]
