@@ -8,6 +8,7 @@ who called and lets the rooms above decide what that name may do.
 from __future__ import annotations
 
 import asyncio
+import os
 import ssl
 from typing import Any
 
@@ -67,4 +68,5 @@ async def connect(
     except ssl.SSLCertVerificationError as error:
         raise PeerUnreachable(where, f"its certificate was not accepted: {error.verify_message}") from None
     except OSError as error:
-        raise PeerUnreachable(where, error.strerror or str(error)) from None
+        # asyncio's own words hold the address again.
+        raise PeerUnreachable(where, os.strerror(error.errno) if error.errno else str(error)) from None

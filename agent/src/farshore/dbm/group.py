@@ -202,9 +202,9 @@ class Group:
             replace(self._record, epoch=epoch, owner=self.config.side, frozen=False, keep_aside=keep, lineage="")
         )
         _log.info("owner", group=self.name, epoch=epoch)
+        self._start_source()
         if with_units:
             await units.start(self.config.units)
-        self._start_source()
 
     async def _become_replica(self, epoch: int, with_units: bool) -> None:
         was_owner = self.owns
