@@ -59,10 +59,10 @@ status:
   type: dict
 """
 
-import os  # noqa: E402
+import os
 
-from ansible.module_utils.basic import AnsibleModule  # noqa: E402
-from ansible_collections.farshore.dr.plugins.module_utils._agent import Agent, AgentError, groups_of  # noqa: E402
+from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.farshore.dr.plugins.module_utils._agent import Agent, AgentError, groups_of
 
 
 def main() -> None:

@@ -69,10 +69,10 @@ answer:
   type: dict
 """
 
-from typing import Any  # noqa: E402
+from typing import Any
 
-from ansible.module_utils.basic import AnsibleModule  # noqa: E402
-from ansible_collections.farshore.dr.plugins.module_utils._agent import Agent, AgentError, groups_of, reached  # noqa: E402
+from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.farshore.dr.plugins.module_utils._agent import Agent, AgentError, groups_of, reached
 
 
 class Switch:

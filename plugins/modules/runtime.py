@@ -73,10 +73,10 @@ release:
   type: str
 """
 
-import os  # noqa: E402
+import os
 
-from ansible.module_utils.basic import AnsibleModule  # noqa: E402
-from ansible_collections.farshore.dr.plugins.module_utils._runtime import Runtime, RuntimeInstallError  # noqa: E402
+from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.farshore.dr.plugins.module_utils._runtime import Runtime, RuntimeInstallError
 
 
 def main() -> None:

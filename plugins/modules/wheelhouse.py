@@ -78,8 +78,8 @@ version:
   type: str
 """
 
-from ansible.module_utils.basic import AnsibleModule  # noqa: E402
-from ansible_collections.farshore.dr.plugins.module_utils._wheelhouse import Wheelhouse, WheelhouseError  # noqa: E402
+from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.farshore.dr.plugins.module_utils._wheelhouse import Wheelhouse, WheelhouseError
 
 
 def main() -> None:

@@ -33,7 +33,7 @@ Reached = Callable[[api.SwitchStatus, list[str]], bool]
 class GivenUp(FarshoreError):
     """{0}: given up: {1}"""
 
-    exit_code = 23
+    exit_code = 27
 
 
 _AWAY = ("failed_over", "recovering", "recovered")
