@@ -101,7 +101,6 @@ class CallbackModule(CallbackBase):  # type: ignore[misc]  # Ansible has no type
     def v2_runner_on_failed(self, result: Any, ignore_errors: bool = False) -> None:
         known = self._done(result)
         known.failed += 1
-        known.ignored = ignore_errors
         self._failure(result, "failed, which is ignored" if ignore_errors else "failed")
 
     def v2_runner_on_unreachable(self, result: Any) -> None:
@@ -145,7 +144,7 @@ class CallbackModule(CallbackBase):  # type: ignore[misc]  # Ansible has no type
     def _line(self, known: _Task) -> None:
         if known.action in _SILENT or not (known.ok or known.failed):
             return
-        if known.failed and not known.ok and not known.ignored:
+        if known.failed and not known.ok:
             return
         color = constants.COLOR_CHANGED if known.changed else constants.COLOR_OK
         changed = [host for host in dict.fromkeys(known.changed) if host != "localhost"]
@@ -207,7 +206,6 @@ class _Task:
         self.action = task.action.rpartition(".")[2]
         self.began = time.monotonic()
         self.started = self.finished = self.ok = self.failed = self.retries = 0
-        self.ignored = False
         self.changed: list[str] = []
         self.hosts: list[str] = []
         self.texts: list[str] = []
