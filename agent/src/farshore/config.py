@@ -73,9 +73,7 @@ class PathConfig:
         for name in ("source", "path"):
             value: str = getattr(self, name)
             if not value.startswith("/") or "/../" in value + "/" or value.rstrip("/") == "":
-                raise ConfigError(
-                    f"{where}.{name}", f"{value!r} is not allowed; an absolute path other than / is"
-                )
+                raise ConfigError(f"{where}.{name}", f"{value!r} is not allowed; an absolute path other than / is")
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,10 +271,7 @@ def _convert(data: Any, kind: Any, where: str) -> Any:
         if not isinstance(data, dict):
             raise ConfigError(name, f"{data!r} is not a mapping")
         item = typing.get_args(kind)[1]
-        return {
-            _name(key, where): _convert(value, item, f"{where}.{key}".lstrip("."))
-            for key, value in data.items()
-        }
+        return {_name(key, where): _convert(value, item, f"{where}.{key}".lstrip(".")) for key, value in data.items()}
     return _scalar(data, kind, name)
 
 

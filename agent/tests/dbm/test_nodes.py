@@ -17,7 +17,7 @@ from farshore.control import api, client
 from farshore.dbm import receiver, sender, wire
 from farshore.dbm.messages import Begin, Commit, Hello, MakeSymlink, Meta, Nak, Put, Refused, Welcome
 from farshore.dbm.record import Record, load, store
-from farshore.errors import StaleEpoch, StateError
+from farshore.errors import NotInTime, StaleEpoch, StateError
 
 META = Meta(0o644, os.getuid(), os.getgid(), 1, 1, [])
 
@@ -39,6 +39,19 @@ async def test_replicates_and_follows(pair: Pair) -> None:
     assert (group.state, group.in_step, group.rpo, group.epoch) == ("replicating", True, 0.0, 1)
     remote = (await pair.remote.status()).groups["web"]
     assert (remote.state, remote.synced_once, remote.connected) == ("replica", True, True)
+
+
+async def test_a_missing_path_is_never_in_step(pair: Pair) -> None:
+    pair.local_tree.rmdir()
+    await pair.own("local", 1)
+    with pytest.raises(NotInTime, match="Cannot watch .*local-tree"):
+        await pair.local.groups["web"].flush(3)
+    assert not (await pair.remote.status()).groups["web"].synced_once
+    pair.local_tree.mkdir()
+    (pair.local_tree / "a").write_text("1")
+    await in_step(pair)
+    assert differences(pair.local_tree, pair.remote_tree) == []
+    assert (await pair.remote.status()).groups["web"].synced_once
 
 
 async def test_nothing_is_sent_before_an_owner_was_named(pair: Pair) -> None:

@@ -146,10 +146,7 @@ def test_devices_are_written_and_not_replaced(files: Path) -> None:
 
 
 def test_the_command_line_does_not_load_numba() -> None:
-    code = (
-        "import sys, farshore.cli.delta, io;"
-        "sys.exit('numba' in sys.modules or 'numpy' in sys.modules)"
-    )
+    code = "import sys, farshore.cli.delta, io;sys.exit('numba' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -119,9 +119,7 @@ def test_a_spent_budget_leaves_aligned_matches() -> None:
 
 @examples(200)
 @given(pairs(), st.data())
-def test_a_damaged_delta_gives_our_error_or_the_right_bytes(
-    pair: tuple[bytes, bytes], draw: st.DataObject
-) -> None:
+def test_a_damaged_delta_gives_our_error_or_the_right_bytes(pair: tuple[bytes, bytes], draw: st.DataObject) -> None:
     old, new = pair
     delta = bytearray(encode_bytes(signed(old, 64), new))
     for _ in range(draw.draw(st.integers(1, 3))):
@@ -132,9 +130,7 @@ def test_a_damaged_delta_gives_our_error_or_the_right_bytes(
 
 @examples()
 @given(pairs(), st.data())
-def test_a_delta_cut_short_or_with_more_behind_it_is_refused(
-    pair: tuple[bytes, bytes], draw: st.DataObject
-) -> None:
+def test_a_delta_cut_short_or_with_more_behind_it_is_refused(pair: tuple[bytes, bytes], draw: st.DataObject) -> None:
     old, new = pair
     delta = encode_bytes(signed(old, 64), new)
     with pytest.raises(DeltaCorrupt):

@@ -30,9 +30,7 @@ class WeakSet:
         self.shift = 31 - bits
         self.filter_shift = 22
         self.bits = np.zeros(2 << 5, np.uint32)
-        self.lost = kernels.fill_set(
-            weak, factor, self.shift, self.empty, self.table, self.filter_shift, self.bits
-        )
+        self.lost = kernels.fill_set(weak, factor, self.shift, self.empty, self.table, self.filter_shift, self.bits)
 
     def hits(self, data: bytes, start: int, stop: int, size: int) -> list[int]:
         state = np.zeros(kernels.STATE_WORDS, np.uint32)
@@ -112,11 +110,7 @@ def test_weak_run_counts_equal_blocks(data: bytes, size: int, draw: st.DataObjec
     start = draw.draw(st.integers(0, blocks))
     block = draw.draw(st.integers(0, blocks))
     expected = 0
-    while (
-        start + expected < blocks
-        and block + expected < blocks
-        and weak[start + expected] == weak[block + expected]
-    ):
+    while start + expected < blocks and block + expected < blocks and weak[start + expected] == weak[block + expected]:
         expected += 1
     got = kernels.weak_run(array(data), start * size, blocks - start, size, weak, block)
     assert got == expected

@@ -64,9 +64,7 @@ def test_any_change_survives_any_chunking(
 
 @examples(250)
 @given(pairs(), sizes, st.integers(1, 3000))
-def test_literals_are_as_few_as_the_references(
-    pair: tuple[bytes, bytes], size: int, window: int
-) -> None:
+def test_literals_are_as_few_as_the_references(pair: tuple[bytes, bytes], size: int, window: int) -> None:
     old, new = pair
     encoder = small_windows(window)(signed(old, size))
     delta = b"".join(encoder.encode(io.BytesIO(new)))

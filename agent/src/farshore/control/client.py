@@ -39,9 +39,7 @@ async def ask_peer(
     return await _exchange(reader, writer, request, timeout, peer.node)
 
 
-async def ask_socket(
-    path: Path, request: api.Request, timeout: float
-) -> api.NodeStatus | api.MonitorStatus | api.Done:
+async def ask_socket(path: Path, request: api.Request, timeout: float) -> api.NodeStatus | api.MonitorStatus | api.Done:
     """Send ``request`` to the daemon on this host whose socket is ``path``; raises as ``ask_peer``."""
     try:
         # A socket's address holds 107 bytes; going through the directory's descriptor lifts that limit.
@@ -49,9 +47,7 @@ async def ask_socket(
     except OSError as error:
         raise PeerUnreachable(str(path), error.strerror) from None
     try:
-        reader, writer = await asyncio.open_unix_connection(
-            f"/proc/self/fd/{directory}/{path.name}", limit=1 << 20
-        )
+        reader, writer = await asyncio.open_unix_connection(f"/proc/self/fd/{directory}/{path.name}", limit=1 << 20)
     except OSError as error:
         raise PeerUnreachable(f"the daemon at {path}", error.strerror or str(error)) from None
     finally:

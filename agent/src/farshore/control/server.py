@@ -50,9 +50,7 @@ async def serve_socket(path: Path, handler: Handler, mode: int = 0o660) -> async
             writer.close()
 
     try:
-        server = await asyncio.start_unix_server(
-            client, f"/proc/self/fd/{directory}/{path.name}", limit=1 << 20
-        )
+        server = await asyncio.start_unix_server(client, f"/proc/self/fd/{directory}/{path.name}", limit=1 << 20)
         os.chmod(path, mode)
     finally:
         os.close(directory)

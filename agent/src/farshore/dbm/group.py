@@ -269,7 +269,8 @@ class Group:
             async with asyncio.timeout(min(timeout, _BARRIER_SECONDS)):
                 mark = await asyncio.wrap_future(feed.barrier())
         except TimeoutError:
-            raise NotInTime(f"flush of group {self.name}", timeout, "the watcher is still starting") from None
+            why = "; ".join(feed.problems()) or "the watcher is still starting"
+            raise NotInTime(f"flush of group {self.name}", timeout, why) from None
         await sender.wait_durable(mark, max(0.05, timeout - (time.monotonic() - started)))
         return f"all of {self.name} is durable on {self.config.peer.node}"
 
@@ -442,11 +443,8 @@ class Group:
             return ("disconnected" if self._confirmed else "unconfirmed"), sender.reason
         if sender.comparing or not sender.compared:
             return "syncing", f"comparing with {peer} in full, {sender.looked_at} paths done"
-        if self.in_step_now:
+        if sender.in_step:
             return "replicating", f"{peer} has everything"
+        if self._dirty.count() == 0:
+            return "error", "a protected path is missing"
         return "replicating", f"{self._dirty.count()} paths on their way to {peer}"
-
-    @property
-    def in_step_now(self) -> bool:
-        """True when everything seen so far is durable on the other side."""
-        return self._sender is not None and self._sender.in_step

@@ -90,6 +90,8 @@ class Planner:
         self._operations = 0
         self._bytes = 0
         self.again: list[Hint] = []
+        #: Roots that are missing, or look as if they were not mounted: what is protected cannot be told from them.
+        self.absent_roots: set[int] = set()
         #: Paths that were looked at so far.
         self.looked_at = 0
         #: What the transaction changes on the replica; ``drastic`` when a directory is moved or removed by it.
@@ -175,15 +177,21 @@ class Planner:
         if seen is None:
             batch.vanished.append((root, path))
             return
-        if not path and self._looks_unmounted(seen):
-            where = os.fsdecode(self._where(root, path))
-            self.problems[root, path] = f"{where}: empty, and on another filesystem than before; is it not mounted?"
-            return
+        if not path:
+            if self._looks_unmounted(seen):
+                self._absent(root, "empty, and on another filesystem than before; is it not mounted?")
+                return
+            self.absent_roots.discard(root)
+            self.problems.pop((root, path), None)
         if path and not self._filters[root].allows(path, seen.kind is FileKind.DIRECTORY):
             return
         yield from self._sync(batch, seen, bool(kind & _CONTENT))
         if Kind.RESCAN in kind and seen.kind is FileKind.DIRECTORY:
             batch.walks.append((root, path))
+
+    def _absent(self, root: int, why: str) -> None:
+        self.absent_roots.add(root)
+        self.problems[root, b""] = f"{os.fsdecode(self._where(root, b''))}: {why}"
 
     def _looks_unmounted(self, seen: Observed) -> bool:
         """An empty directory where a filled one of another filesystem was is a fault, not a wish."""
@@ -200,9 +208,9 @@ class Planner:
         seen = self._observe(root, path)
         if seen is not None:
             batch.todo.append((root, path, Kind.RESCAN))
-        elif known is not None and not path:
+        elif not path:
             # An unmounted or vanished root is a fault here, not a wish to empty the replica.
-            self.problems[root, path] = f"{os.fsdecode(self._where(root, path))}: the protected path is missing"
+            self._absent(root, "the protected path is missing")
         elif known is not None and (root, path) not in self.problems:
             self._look_at_other_names(batch, known)
             yield from self._emit(Remove(root, path))

@@ -149,12 +149,18 @@ class Sender:
     @property
     def in_step(self) -> bool:
         """True when all that was seen so far is durable on the replica."""
-        return self.connected and self.compared and self._dirty.count() == 0
+        return self.connected and self.compared and self._dirty.count() == 0 and not self._absent()
 
     @property
     def looked_at(self) -> int:
         """Paths that were compared since the last full comparison began."""
         return self._planner.looked_at if self._planner else 0
+
+    def _absent(self) -> str:
+        """Why nothing can be promised now: a protected path is not there. "" when all are."""
+        if self._planner is None or not self._planner.absent_roots:
+            return ""
+        return self._planner.problems.get((min(self._planner.absent_roots), b""), "a protected path is missing")
 
     def problems(self) -> list[str]:
         """What could not be read here or kept there."""
@@ -166,14 +172,17 @@ class Sender:
 
         def done() -> bool:
             lowest = self._dirty.lowest_mark()
-            return self.connected and self.compared and (lowest is None or lowest >= mark)
+            settled = lowest is None or lowest >= mark
+            return self.connected and self.compared and settled and not self._absent()
 
         try:
             async with asyncio.timeout(timeout), self._progress:
                 await self._progress.wait_for(done)
         except TimeoutError:
             raise NotInTime(
-                f"flush of group {self._group}", timeout, f"{self._dirty.count()} paths to go; {self.reason}"
+                f"flush of group {self._group}",
+                timeout,
+                self._absent() or f"{self._dirty.count()} paths to go; {self.reason}",
             ) from None
 
     # --- the loop
@@ -270,7 +279,7 @@ class Sender:
                 if len(self._batches) > 1:
                     await self._transaction(reader, writer, index, planner, self._batches[0])
                 continue
-            if not self._told_in_step:
+            if not self._told_in_step and not self._absent():
                 self._told_in_step = True
                 writer.write(_CODEC.encode(InStep()))
                 _log.info("in step", group=self._group, paths=await self._in_worker(index.count))

@@ -90,9 +90,7 @@ class Encoder:
         self.block_size = check_block_size(block_size)
         self._base = base if base is not None and len(base) else None
         self._header = (
-            stream.DeltaHeader(block_size)
-            if base is None
-            else stream.DeltaHeader(block_size, base.length, base.digest)
+            stream.DeltaHeader(block_size) if base is None else stream.DeltaHeader(block_size, base.length, base.digest)
         )
         self._sign_new = sign_new
         self.signature: Signature | None = None
@@ -420,10 +418,7 @@ class _Matcher:
         hits = np.flatnonzero(same)
         if len(hits):
             keys = b"".join(
-                [
-                    blake3(self._view[i : i + size]).digest(STRONG_BYTES)
-                    for i in (hits * size + head).tolist()
-                ]
+                [blake3(self._view[i : i + size]).digest(STRONG_BYTES) for i in (hits * size + head).tolist()]
             )
             ours = np.frombuffer(keys, "<u8").reshape(-1, 2)
             same[hits] = (ours == theirs[hits]).all(axis=1)

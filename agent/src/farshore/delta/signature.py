@@ -70,9 +70,7 @@ class Signature:
 
     def to_bytes(self) -> bytes:
         """Return the signature as a file: a header, the weak sums, the strong ones, a check."""
-        header = _HEADER.pack(
-            MAGIC, VERSION, STRONG_BYTES, 0, self.block_size, self.length, self.digest
-        )
+        header = _HEADER.pack(MAGIC, VERSION, STRONG_BYTES, 0, self.block_size, self.length, self.digest)
         body = header + self.weak.astype("<u4", copy=False).tobytes() + self.strong
         return body + blake3(body).digest(_CHECK_BYTES)
 
@@ -85,9 +83,7 @@ class Signature:
         view = memoryview(data).cast("B")
         if len(view) < _HEADER.size + _CHECK_BYTES:
             raise SignatureCorrupt("it is cut short")
-        magic, version, strong_bytes, zero, block_size, length, digest = _HEADER.unpack(
-            view[: _HEADER.size]
-        )
+        magic, version, strong_bytes, zero, block_size, length, digest = _HEADER.unpack(view[: _HEADER.size])
         if magic != MAGIC:
             raise SignatureCorrupt("it does not begin like one")
         if version != VERSION:
@@ -119,25 +115,17 @@ def preferred_block_size(length: int) -> int:
 def check_block_size(block_size: int) -> int:
     """Return `block_size`; raise ValueError unless it is within MIN_ and MAX_BLOCK_SIZE."""
     if not MIN_BLOCK_SIZE <= block_size <= MAX_BLOCK_SIZE:
-        raise ValueError(
-            f"block size {block_size}: allowed are {MIN_BLOCK_SIZE} to {MAX_BLOCK_SIZE}"
-        )
+        raise ValueError(f"block size {block_size}: allowed are {MIN_BLOCK_SIZE} to {MAX_BLOCK_SIZE}")
     return block_size
 
 
-def sign(
-    source: BinaryReader, block_size: int | None = None, *, length_hint: int | None = None
-) -> Signature:
+def sign(source: BinaryReader, block_size: int | None = None, *, length_hint: int | None = None) -> Signature:
     """Read `source` to its end, once, and return its signature.
 
     Memory: one window and 20 bytes per block. `length_hint`, in bytes, chooses the block size
     when none is given.
     """
-    size = (
-        preferred_block_size(length_hint or 0)
-        if block_size is None
-        else check_block_size(block_size)
-    )
+    size = preferred_block_size(length_hint or 0) if block_size is None else check_block_size(block_size)
     span = window_span(size)
     window = np.empty(span, np.uint8)
     view = window.data
@@ -191,12 +179,7 @@ def weak_sums(
 
 def strong_sums(view: memoryview, block_size: int) -> bytes:
     """Return the strong hashes, joined, of the blocks of `view`."""
-    return b"".join(
-        [
-            blake3(view[i : i + block_size]).digest(STRONG_BYTES)
-            for i in range(0, len(view), block_size)
-        ]
-    )
+    return b"".join([blake3(view[i : i + block_size]).digest(STRONG_BYTES) for i in range(0, len(view), block_size)])
 
 
 def window_span(block_size: int, limit: int = WINDOW) -> int:
