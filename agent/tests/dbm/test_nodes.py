@@ -51,7 +51,8 @@ async def test_a_missing_path_is_never_in_step(pair: Pair) -> None:
     (pair.local_tree / "a").write_text("1")
     await in_step(pair)
     assert differences(pair.local_tree, pair.remote_tree) == []
-    assert (await pair.remote.status()).groups["web"].synced_once
+    replica = pair.remote.groups["web"]
+    await until(lambda: replica._record.synced_once, "the replica was not told that it is in step")
 
 
 async def test_nothing_is_sent_before_an_owner_was_named(pair: Pair) -> None:
