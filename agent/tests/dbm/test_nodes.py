@@ -44,7 +44,7 @@ async def test_replicates_and_follows(pair: Pair) -> None:
 async def test_a_missing_path_is_never_in_step(pair: Pair) -> None:
     pair.local_tree.rmdir()
     await pair.own("local", 1)
-    with pytest.raises(NotInTime, match="Cannot watch .*local-tree"):
+    with pytest.raises(NotInTime, match=r"Cannot watch .*local-tree"):
         await pair.local.groups["web"].flush(3)
     assert not (await pair.remote.status()).groups["web"].synced_once
     pair.local_tree.mkdir()
