@@ -126,6 +126,15 @@ class NodeConfig:
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_json: bool = False
 
+    def validate(self, where: str) -> None:
+        places = [(f"groups.{n}.paths", p.path) for n, group in self.groups.items() for p in group.paths]
+        places.append(("state_dir", str(self.state_dir)))
+        for i, (key, path) in enumerate(places):
+            for other_key, other in places[:i]:
+                mine, theirs = path.rstrip("/") + "/", other.rstrip("/") + "/"
+                if mine.startswith(theirs) or theirs.startswith(mine):
+                    raise ConfigError(key, f"{path} and {other} ({other_key}) lie in each other; they must be apart")
+
 
 @dataclass(frozen=True, slots=True)
 class Check:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import ssl
 from typing import Any
 
@@ -68,5 +69,6 @@ async def connect(
     except ssl.SSLCertVerificationError as error:
         raise PeerUnreachable(where, f"its certificate was not accepted: {error.verify_message}") from None
     except OSError as error:
-        # asyncio's own words hold the address again.
-        raise PeerUnreachable(where, os.strerror(error.errno) if error.errno else str(error)) from None
+        # asyncio's own words hold the address again; the numbers of TLS and of the resolver are not errno's.
+        plain = error.errno is not None and not isinstance(error, (ssl.SSLError, socket.gaierror))
+        raise PeerUnreachable(where, os.strerror(error.errno or 0) if plain else str(error)) from None

@@ -17,7 +17,7 @@ from farshore.control import api, client
 from farshore.dbm import receiver, sender, wire
 from farshore.dbm.messages import Begin, Commit, Hello, MakeSymlink, Meta, Nak, Put, Refused, Welcome
 from farshore.dbm.record import Record, load, store
-from farshore.errors import NotInTime, StaleEpoch, StateError
+from farshore.errors import FarshoreError, NotInTime, StaleEpoch, StateError
 
 META = Meta(0o644, os.getuid(), os.getgid(), 1, 1, [])
 
@@ -286,3 +286,59 @@ async def test_a_switch_in_good_order_reads_no_contents_again(pair: Pair) -> Non
     assert differences(pair.local_tree, pair.remote_tree) == []
     assert sent._sender is not None
     assert sent._sender.sent_bytes < 400_000
+
+
+async def test_a_freeze_that_did_not_finish_is_no_good_order(pair: Pair) -> None:
+    await pair.own("local", 1)
+    await in_step(pair)
+    await pair.remote.stop()
+    (pair.local_tree / "late").write_text("not sent")
+    with pytest.raises(NotInTime):
+        await pair.local.groups["web"].freeze(1, 1)
+    await pair.local.groups["web"].set_owner("remote", 2, False)
+    status = (await pair.local.status()).groups["web"]
+    assert not status.synced_once
+    pair.remote = type(pair.remote)(pair.remote.config)
+    await pair.remote.start(None)
+
+
+async def test_a_replica_tree_that_was_lost_is_filled_again(pair: Pair) -> None:
+    (pair.local_tree / "a").write_text("1")
+    await pair.own("local", 1)
+    await in_step(pair)
+    replica = pair.remote.groups["web"]
+    await until(lambda: replica._record.synced_once, "not told")
+    await pair.remote.stop()
+    shutil.rmtree(pair.remote_tree)
+    pair.remote = type(pair.remote)(pair.remote.config)
+    await pair.remote.start(None)
+    sender_of = pair.local.groups["web"]
+    await until(lambda: (pair.remote_tree / "a").exists(), "the lost tree was not filled again")
+    await in_step(pair)
+    assert differences(pair.local_tree, pair.remote_tree) == []
+    assert sender_of.owns
+
+
+async def test_a_fenced_node_takes_no_orders_of_the_old_epoch(pair: Pair) -> None:
+    await pair.own("local", 1)
+    await in_step(pair)
+    await pair.local.stop()
+    await pair.remote.groups["web"].set_owner("remote", 2, False)
+    pair.local = type(pair.local)(pair.local.config)
+    await pair.local.start(None)
+    group = pair.local.groups["web"]
+    await until(lambda: group._state_and_reason()[0] == "fenced", "the stale owner was not fenced")
+    with pytest.raises(StaleEpoch):
+        await group.set_owner("local", 1, False)
+    with pytest.raises(StaleEpoch):
+        await group.thaw(1)
+
+
+async def test_roles_change_while_a_path_is_missing(pair: Pair) -> None:
+    pair.local_tree.rmdir()
+    await pair.own("local", 1)
+    group = pair.local.groups["web"]
+    with pytest.raises(FarshoreError):
+        await group.pause()
+    await group.set_owner("remote", 2, False)
+    assert (await pair.local.status()).groups["web"].owner == "remote"

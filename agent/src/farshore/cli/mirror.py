@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import datetime
 import ipaddress
 import os
@@ -95,17 +94,16 @@ async def _mirror(
         await origin.start(state / client.NODE_SOCKET)
         await replica.groups[_GROUP].set_owner("local", 1, False)
         await origin.groups[_GROUP].set_owner("local", 1, False)
-        if await _until_in_step(origin, stop):
-            print("ready", flush=True)
-            if not once:
-                await stop.wait()
+        if not await _until_in_step(origin, stop):
+            return 1 if once else 0
+        print("ready", flush=True)
+        if not once:
+            await stop.wait()
         return 0
     finally:
         if origin is not None:
             await origin.stop()
         await replica.stop()
-        with contextlib.suppress(OSError):
-            (state / client.NODE_SOCKET).unlink()
 
 
 async def _until_in_step(origin: object, stop: asyncio.Event) -> bool:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 from farshore.control import api
 from farshore.dbm import wire
@@ -50,7 +52,10 @@ async def serve_socket(path: Path, handler: Handler, mode: int = 0o660) -> async
             writer.close()
 
     try:
-        server = await asyncio.start_unix_server(client, f"/proc/self/fd/{directory}/{path.name}", limit=1 << 20)
+        # Python 3.13 would remove the socket by this path, whose descriptor is gone by then.
+        keep: dict[str, Any] = {"cleanup_socket": False} if sys.version_info >= (3, 13) else {}
+        where = f"/proc/self/fd/{directory}/{path.name}"
+        server = await asyncio.start_unix_server(client, where, limit=1 << 20, **keep)
         os.chmod(path, mode)
     finally:
         os.close(directory)

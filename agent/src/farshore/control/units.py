@@ -18,8 +18,8 @@ async def start(units: Sequence[str]) -> None:
 
 
 async def stop(units: Sequence[str]) -> None:
-    """Stop the units and wait until they have; a unit that does not exist is stopped. Raises HookFailed."""
-    present = [unit for unit, state in (await states(units)).items() if state not in ("inactive", "unknown")]
+    """Stop the units and wait until they have; raises HookFailed. Only what surely is inactive is passed over."""
+    present = [unit for unit, state in (await states(units)).items() if state != "inactive"]
     if present:
         await _systemctl("stop", *present)
 

@@ -45,6 +45,7 @@ class Node:
         self._servers: list[asyncio.Server] = []
         self._connections: set[asyncio.Task[None]] = set()
         self._lock = -1
+        self._socket: Path | None = None
         #: The TCP port that is listened on; the configured one, or what the system chose for 0.
         self.port = config.listen.port
 
@@ -67,6 +68,7 @@ class Node:
         self._servers.append(tls_server)
         if socket_path is not None:
             self._servers.append(await server.serve_socket(socket_path, self.handle))
+            self._socket = socket_path
         for group in self.groups.values():
             await group.start()
         _log.info("listening", node=self.config.node, address=listen.address, port=self.port)
@@ -81,6 +83,8 @@ class Node:
             await group.stop()
         if self._connections:
             await asyncio.wait(self._connections, timeout=5)
+        if self._socket is not None:
+            self._socket.unlink(missing_ok=True)
         if self._lock >= 0:
             os.close(self._lock)
 

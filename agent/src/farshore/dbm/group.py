@@ -7,6 +7,7 @@ import contextlib
 import os
 import secrets
 import ssl
+import stat
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -28,7 +29,8 @@ from farshore.fmm.types import Root
 from farshore.log import Log
 
 _log = Log(__name__)
-_BARRIER_SECONDS = 60.0
+_FEED_SECONDS = 60.0
+_RETRY_SECONDS = 0.2
 
 
 class NotOwner(FarshoreError):
@@ -94,7 +96,12 @@ class Group:
 
     async def start(self) -> None:
         """Take up the role that is on record."""
-        if self.owns:
+        async with self._change:
+            if not self.owns or self._sender is not None:
+                return
+            if self._record.was_in_step:
+                # Whoever wrote while we were away did not ask; the promise of the freeze is over.
+                self._store(replace(self._record, was_in_step=False))
             self._start_source()
             if self.config.side == "remote" and not self._record.frozen:
                 # On the backup server the units are not started at boot, so that they never run beside the owner.
@@ -121,8 +128,8 @@ class Group:
             self._on_confirmed,
             self._on_stale,
         )
-        watcher = make_watcher("auto", [root for _, root in self._roots])
-        self._feed = Feed(watcher, self._dirty, self._sender.wake)
+        roots = [root for _, root in self._roots]
+        self._feed = Feed(lambda: make_watcher("auto", roots), self._dirty, self._sender.wake)
         self._feed.start()
         self._sender_task = asyncio.create_task(self._sender.run(), name=f"send {self.name}")
         self._sender_task.add_done_callback(self._sender_ended)
@@ -179,8 +186,9 @@ class Group:
     async def set_owner(self, owner: Side, epoch: int, with_units: bool) -> str:
         """Take up a role at ``epoch``; raises StaleEpoch, OwnerDiffers, or HookFailed of the units. Idempotent."""
         async with self._change:
-            if epoch < self._record.epoch or epoch < 1:
-                raise StaleEpoch(self.name, epoch, self._record.epoch)
+            known = max(self._record.epoch, self._fenced_by)
+            if epoch < known or epoch < 1:
+                raise StaleEpoch(self.name, epoch, known)
             if epoch == self._record.epoch and owner != self._record.owner:
                 raise OwnerDiffers(self.name, epoch, self._record.owner)
             mine = owner == self.config.side
@@ -199,7 +207,15 @@ class Group:
         await self._stop_replica()
         keep = self._record.keep_aside if was_owner else True
         self._store(
-            replace(self._record, epoch=epoch, owner=self.config.side, frozen=False, keep_aside=keep, lineage="")
+            replace(
+                self._record,
+                epoch=epoch,
+                owner=self.config.side,
+                frozen=False,
+                was_in_step=False,
+                keep_aside=keep,
+                lineage="",
+            )
         )
         _log.info("owner", group=self.name, epoch=epoch)
         self._start_source()
@@ -216,7 +232,7 @@ class Group:
         record = replace(self._record, epoch=epoch, owner=other, frozen=False)
         if was_owner or not record.lineage:
             # A switch in good order begins with a freeze, which ends in step: then this tree has everything.
-            complete = was_owner and self._record.frozen
+            complete = was_owner and self._record.frozen and self._record.was_in_step
             record = replace(
                 record,
                 lineage=secrets.token_hex(16),
@@ -237,6 +253,9 @@ class Group:
                 self._store(replace(self._record, frozen=True))
             await units.stop(self.config.units)
         await self.flush(max(0.1, timeout - (time.monotonic() - started)))
+        async with self._change:
+            self._check_current(epoch)
+            self._store(replace(self._record, was_in_step=self._record.frozen))
         return f"{self.name} is frozen and durable on {self.config.peer.node}"
 
     async def thaw(self, epoch: int) -> str:
@@ -244,13 +263,14 @@ class Group:
         async with self._change:
             self._check_current(epoch)
             if self._record.frozen:
-                self._store(replace(self._record, frozen=False))
+                self._store(replace(self._record, frozen=False, was_in_step=False))
             await units.start(self.config.units)
         return f"{self.name} runs again"
 
     def _check_current(self, epoch: int) -> None:
-        if epoch != self._record.epoch:
-            raise StaleEpoch(self.name, epoch, self._record.epoch)
+        known = max(self._record.epoch, self._fenced_by)
+        if epoch != known:
+            raise StaleEpoch(self.name, epoch, known)
         if not self.owns:
             raise NotOwner(self.name, self._record.owner, self.config.side)
 
@@ -266,13 +286,22 @@ class Group:
             raise Paused(self.name)
         started = time.monotonic()
         try:
-            async with asyncio.timeout(min(timeout, _BARRIER_SECONDS)):
-                mark = await asyncio.wrap_future(feed.barrier())
+            async with asyncio.timeout(timeout):
+                mark = await self._barrier(feed)
         except TimeoutError:
             why = "; ".join(feed.problems()) or "the watcher is still starting"
             raise NotInTime(f"flush of group {self.name}", timeout, why) from None
         await sender.wait_durable(mark, max(0.05, timeout - (time.monotonic() - started)))
         return f"all of {self.name} is durable on {self.config.peer.node}"
+
+    @staticmethod
+    async def _barrier(feed: Feed) -> int:
+        """Ask until the watcher can answer: a root that is missing may come back any moment."""
+        while True:
+            try:
+                return await asyncio.wrap_future(feed.barrier())
+            except FarshoreError:
+                await asyncio.sleep(_RETRY_SECONDS)
 
     async def pause(self) -> str:
         """Stop watching and sending until ``resume``."""
@@ -280,7 +309,8 @@ class Group:
             if self._feed is None:
                 raise NotOwner(self.name, self._record.owner, self.config.side)
             self._paused = True
-            await asyncio.wrap_future(self._feed.pause())
+            async with asyncio.timeout(_FEED_SECONDS):
+                await asyncio.wrap_future(self._feed.pause())
         return f"{self.name} is paused"
 
     async def resume(self) -> str:
@@ -288,7 +318,8 @@ class Group:
         async with self._change:
             if self._feed is None:
                 raise NotOwner(self.name, self._record.owner, self.config.side)
-            await asyncio.wrap_future(self._feed.resume())
+            async with asyncio.timeout(_FEED_SECONDS):
+                await asyncio.wrap_future(self._feed.resume())
             self._paused = False
         return f"{self.name} is watched again"
 
@@ -306,6 +337,11 @@ class Group:
             if refusal is not None:
                 writer.write(receiver.CODEC.encode(refusal))
                 return
+            if self._record.synced_once and self._record.roots not in ((), self._root_marks()):
+                self._store(
+                    replace(self._record, lineage=secrets.token_hex(16), synced_once=False, was_in_step=False, roots=())
+                )
+                _log.warning("the tree is not the one that was filled; it is compared in full", group=self.name)
             self._session = asyncio.current_task()
             loop = asyncio.get_running_loop()
             applier = await loop.run_in_executor(self._worker, self._open_applier)
@@ -332,6 +368,18 @@ class Group:
         if hello.epoch > epoch:
             return Refused(f"epoch {hello.epoch} has not been announced here; known is {epoch}", False, epoch)
         return None
+
+    def _root_marks(self) -> tuple[int, ...]:
+        """One number for each root: a directory's inode, 0 for a single file, -1 for nothing."""
+        marks = []
+        for _, root in self._roots:
+            try:
+                status = os.stat(root.path)
+            except OSError:
+                marks.append(-1)
+            else:
+                marks.append(status.st_ino if stat.S_ISDIR(status.st_mode) else 0)
+        return tuple(marks)
 
     def _open_applier(self) -> receiver.Applier:
         if self._applier is None:
@@ -381,8 +429,9 @@ class Group:
 
     def in_step(self) -> None:
         """The source has sent everything: this tree can stand in for it."""
-        if not self._record.synced_once or self._record.keep_aside:
-            self._store(replace(self._record, synced_once=True, keep_aside=False, was_in_step=False))
+        marks = self._root_marks()
+        if not self._record.synced_once or self._record.keep_aside or self._record.roots != marks:
+            self._store(replace(self._record, synced_once=True, keep_aside=False, was_in_step=False, roots=marks))
             self._worker.submit(self._end_aside)
             _log.info("in step with the source", group=self.name)
 
@@ -414,7 +463,7 @@ class Group:
             state=state,
             reason=reason,
             connected=sender.connected if sender is not None else self._session is not None,
-            in_step=sender.in_step and not self._paused if sender is not None else False,
+            in_step=self._in_step(),
             rpo=None if sender is None else (0.0 if oldest is None else max(0.0, time.monotonic() - oldest)),
             backlog_paths=self._dirty.count() if sender is not None else 0,
             seq=sender.seq if sender is not None else 0,
@@ -423,6 +472,11 @@ class Group:
             problems=problems,
             synced_once=self._record.synced_once,
         )
+
+    def _in_step(self) -> bool:
+        """True when everything is watched and everything seen is durable on the other side."""
+        sender, feed = self._sender, self._feed
+        return sender is not None and feed is not None and sender.in_step and feed.watching and not self._paused
 
     def _state_and_reason(self) -> tuple[str, str]:
         peer = self.config.peer.node
@@ -443,6 +497,8 @@ class Group:
             return ("disconnected" if self._confirmed else "unconfirmed"), sender.reason
         if sender.comparing or not sender.compared:
             return "syncing", f"comparing with {peer} in full, {sender.looked_at} paths done"
+        if self._feed is not None and not self._feed.watching:
+            return "error", "; ".join(self._feed.problems()) or "the watcher is still starting"
         if sender.in_step:
             return "replicating", f"{peer} has everything"
         if self._dirty.count() == 0:

@@ -19,8 +19,9 @@ class Record:
 
     ``lineage`` (hex) names the history of this node's tree as a replica; a source that knows another compares in
     full. ``keep_aside``: until the first full comparison is done, what nobody else has is kept before it is
-    overwritten. ``frozen``: the owner's units were stopped for a switch. ``was_in_step``: this node was the frozen
-    owner, and so in step, when it became the replica.
+    overwritten. ``frozen``: the owner's units were stopped for a switch; ``was_in_step``: and everything was durable
+    on the other side afterwards, so this tree equalled the other at that moment. ``roots``: what the replica's roots
+    were when it was last in step, as ``Group`` marks them; with others, the tree is not the one that was filled.
     """
 
     epoch: int = 0
@@ -30,6 +31,7 @@ class Record:
     keep_aside: bool = True
     frozen: bool = False
     was_in_step: bool = False
+    roots: tuple[int, ...] = ()
 
 
 def load(path: Path) -> Record:
@@ -43,7 +45,7 @@ def load(path: Path) -> Record:
     if not isinstance(data, dict) or data.pop("version", None) != _VERSION:
         raise StateError(str(path), f"is not of version {_VERSION}")
     try:
-        return Record(**data)
+        return Record(**data | {"roots": tuple(data.get("roots", ()))})
     except TypeError as error:
         raise StateError(str(path), f"is damaged: {error}") from error
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import queue
 import threading
 import time
@@ -20,19 +19,25 @@ _RETRY_SECONDS = 2.0
 
 
 class Feed:
-    """Runs ``watcher`` in a thread of its own and marks what it reports in ``dirty``.
+    """Runs a watcher in a thread of its own and marks what it reports in ``dirty``.
 
+    ``make`` gives a new watcher; it is asked again when one fails, and every start puts all roots in doubt.
     ``on_marked`` is called in that thread whenever something was marked. Requests from other threads are answered
-    through futures, so that the watcher sees one caller only.
+    through futures, so that the watcher sees one caller only; none stays without an answer.
     """
 
-    def __init__(self, watcher: Watcher, dirty: DirtySet, on_marked: Callable[[], None]) -> None:
-        self._watcher = watcher
+    def __init__(self, make: Callable[[], Watcher], dirty: DirtySet, on_marked: Callable[[], None]) -> None:
+        self._make = make
+        self._watcher = make()
         self._dirty = dirty
         self._on_marked = on_marked
         self._requests: queue.SimpleQueue[tuple[Callable[[], Sequence[Hint]], Future[int]]] = queue.SimpleQueue()
-        self._stopping = False
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._ended = False
         self._problem = ""
+        #: True while everything that can be watched is watched.
+        self.watching = False
         self._thread = threading.Thread(target=self._run, name="fmm", daemon=True)
 
     def start(self) -> None:
@@ -40,8 +45,11 @@ class Feed:
         self._thread.start()
 
     def barrier(self) -> Future[int]:
-        """When done, every change made before the call is marked, with a lower number than the result."""
-        return self._request(self._watcher.drain)
+        """When done, every change made before the call is marked, with a lower number than the result.
+
+        The future holds a FarshoreError where nothing is watched.
+        """
+        return self._request(lambda: self._watcher.drain())
 
     def pause(self) -> Future[int]:
         """Stop watching and give back the kernel's resources."""
@@ -49,11 +57,11 @@ class Feed:
 
     def resume(self) -> Future[int]:
         """Watch again; what changed in between is marked."""
-        return self._request(self._watcher.resume)
+        return self._request(lambda: self._watcher.resume())
 
     def close(self) -> None:
         """End the thread; returns when it has ended."""
-        self._stopping = True
+        self._stop.set()
         self._watcher.wake()
         if self._thread.ident is not None:
             self._thread.join()
@@ -64,7 +72,11 @@ class Feed:
 
     def _request(self, action: Callable[[], Sequence[Hint]]) -> Future[int]:
         future: Future[int] = Future()
-        self._requests.put((action, future))
+        with self._lock:
+            if self._ended:
+                future.set_exception(FarshoreError("the watcher has ended"))
+                return future
+            self._requests.put((action, future))
         self._watcher.wake()
         return future
 
@@ -78,43 +90,56 @@ class Feed:
             self._on_marked()
 
     def _run(self) -> None:
-        try:
-            self._start()
-            while not self._stopping:
-                self._mark(self._watcher.read(_READ_SECONDS))
-                self._serve()
-        except Exception as error:
-            self._problem = f"the watcher ended: {error}"
-            _log.error("the watcher ended", error)
-        finally:
-            self._stopping = True
-            self._serve()
-            self._watcher.close()
-
-    def _start(self) -> None:
-        while not self._stopping:
+        while not self._stop.is_set():
             try:
                 self._mark(self._watcher.start())
                 self._problem = ""
-                return
-            except FarshoreError as error:
-                if self._problem != str(error):
-                    _log.warning("cannot watch yet", reason=error)
-                self._problem = str(error)
-                time.sleep(_RETRY_SECONDS)
+                self.watching = True
+                while not self._stop.is_set():
+                    self._mark(self._watcher.read(_READ_SECONDS))
+                    self._serve()
+            except Exception as error:
+                self._fail(error)
+        with self._lock:
+            self._ended = True
+        self._refuse("the watcher has ended")
+        self._watcher.close()
+
+    def _fail(self, error: Exception) -> None:
+        """Say what is wrong, wait a little, and have a new watcher."""
+        self.watching = False
+        if self._problem != str(error):
+            if isinstance(error, FarshoreError):
+                _log.warning("cannot watch", reason=error)
+            else:
+                _log.error("the watcher failed", error)
+        self._problem = str(error) or type(error).__name__
+        self._refuse(self._problem)
+        self._watcher.close()
+        self._stop.wait(_RETRY_SECONDS)
+        self._refuse(self._problem)
+        self._watcher = self._make()
 
     def _serve(self) -> None:
-        while True:
+        while (request := self._next()) is not None:
+            action, future = request
             try:
-                action, future = self._requests.get_nowait()
-            except queue.Empty:
-                return
-            with contextlib.suppress(Exception):
-                if self._stopping:
-                    future.set_exception(FarshoreError("the watcher has ended"))
-                    continue
-                try:
-                    self._mark(action())
-                    future.set_result(self._dirty.next_mark())
-                except Exception as error:
+                self._mark(action())
+                result = self._dirty.next_mark()
+            except BaseException as error:
+                if not future.cancelled():
                     future.set_exception(error)
+                raise
+            if future.set_running_or_notify_cancel():
+                future.set_result(result)
+
+    def _refuse(self, reason: str) -> None:
+        while (request := self._next()) is not None:
+            if request[1].set_running_or_notify_cancel():
+                request[1].set_exception(FarshoreError(reason))
+
+    def _next(self) -> tuple[Callable[[], Sequence[Hint]], Future[int]] | None:
+        try:
+            return self._requests.get_nowait()
+        except queue.Empty:
+            return None
