@@ -13,6 +13,8 @@ NEEDED = {
     "debootstrap": "debootstrap",
     "systemd-nspawn": "systemd-container",
     "ip": "iproute2",
+    "iptables": "iptables",
+    "conntrack": "conntrack",
     "sysctl": "procps",
     "tcpdump": "tcpdump",
     "ssh": "openssh-client",

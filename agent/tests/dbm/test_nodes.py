@@ -187,7 +187,20 @@ async def test_only_the_groups_own_source_is_welcome(pair: Pair) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", [b"../out", b"/etc/x", b"a/../../out", b"a//b", b".", b"a\0b", b"x" * 300, b"link/out", b"a/./b"]
+    "path",
+    [
+        b"../out",
+        b"/etc/x",
+        b"a/../../out",
+        b"a//b",
+        b".",
+        b"a\0b",
+        b"x" * 300,
+        b"link/out",
+        b"a/./b",
+        b".farshore-stage",
+        b"a/.farshore-x",
+    ],
 )
 async def test_no_path_leads_out_of_the_root(pair: Pair, path: bytes) -> None:
     await pair.own("local", 1)

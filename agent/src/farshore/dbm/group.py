@@ -154,6 +154,8 @@ class Group:
 
     async def _stop_replica(self) -> None:
         session, self._session = self._session, None
+        if self._applier is not None:
+            self._applier.interrupt()
         if session is not None:
             session.cancel()
             with contextlib.suppress(asyncio.CancelledError, Exception):

@@ -19,6 +19,11 @@ from farshore.errors import StateError
 from farshore.fmm.types import FileKind, Observed
 
 _VERSION = 1
+#: The facts that tell which state of which replica the entries are; ``clear`` forgets them.
+LINEAGE = "lineage"
+SEQ = "seq"
+_INT64 = 1 << 63
+_DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS entries (
   root INTEGER NOT NULL, path BLOB NOT NULL, parent BLOB, kind INTEGER NOT NULL,
@@ -35,6 +40,10 @@ CREATE TABLE IF NOT EXISTS facts (key TEXT PRIMARY KEY, value BLOB NOT NULL);
 _COLUMNS = "root, path, kind, mode, uid, gid, size, mtime_ns, ctime_ns, dev, ino, nlink, rdev, target, xattrs, digest"
 _xattr_encoder = msgspec.msgpack.Encoder()
 _xattr_decoder = msgspec.msgpack.Decoder(tuple[tuple[bytes, bytes], ...])
+
+
+class IndexDamaged(StateError):
+    """The index {0} is damaged: {1}"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,13 +113,41 @@ def below(path: bytes) -> tuple[bytes, bytes]:
     return (path + b"/", path + b"0") if path else (b"\x01", b"\xff" * 4200)
 
 
+def clamp_time(nanoseconds: int) -> int:
+    """The nearest time that 64 bits hold: filesystems know years beyond 2262, SQLite and the wire do not."""
+    return max(-_INT64, min(_INT64 - 1, nanoseconds))
+
+
+def is_damage(error: BaseException) -> bool:
+    """True when SQLite says that the file is no sound database, so that only a new one helps."""
+    # The low byte is the plain code; extended ones tell more in the bits above.
+    return isinstance(error, sqlite3.Error) and getattr(error, "sqlite_errorcode", 0) & 0xFF in _DAMAGED
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a closed database and what belongs to it, so that a new one can be made; returns the new name."""
+    aside = path.with_name(path.name + ".damaged")
+    for suffix in ("-wal", "-shm", ""):
+        old, new = path.with_name(path.name + suffix), aside.with_name(aside.name + suffix)
+        new.unlink(missing_ok=True)
+        if old.exists():
+            old.rename(new)
+    return aside
+
+
 class Index:
-    """The database of one group. Raises StateError when it is damaged or of another version."""
+    """The database of one group.
+
+    Raises IndexDamaged when the file is no sound database, StateError when it cannot be used for another reason.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         try:
             self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        except sqlite3.Error as error:
+            raise StateError(str(path), f"the index is not usable: {error}") from error
+        try:
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=NORMAL")
             self._db.execute("PRAGMA cache_size=-32768")
@@ -118,13 +155,20 @@ class Index:
             if version not in (0, _VERSION):
                 raise StateError(str(path), f"is of version {version}; this program knows {_VERSION}")
             self._db.executescript(_SCHEMA + f"PRAGMA user_version={_VERSION};")
-        except sqlite3.Error as error:
-            raise StateError(str(path), f"the index is not usable: {error}") from error
+        except BaseException as error:
+            self._db.close()
+            if is_damage(error):
+                raise IndexDamaged(str(path), error) from error
+            if isinstance(error, sqlite3.Error):
+                raise StateError(str(path), f"the index is not usable: {error}") from error
+            raise
 
     def close(self) -> None:
         """Drop what was not committed and close the file."""
-        self.rollback()
-        self._db.close()
+        try:
+            self.rollback()
+        finally:
+            self._db.close()
 
     # --- transactions
 
@@ -155,9 +199,10 @@ class Index:
         self._db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (key, value))
 
     def clear(self) -> None:
-        """Forget everything about the replica."""
-        for table in ("entries", "signatures", "facts"):
+        """Forget everything about the replica; facts about this side stay."""
+        for table in ("entries", "signatures"):
             self._db.execute(f"DELETE FROM {table}")  # noqa: S608 - the names stand above
+        self._db.execute("DELETE FROM facts WHERE key IN (?, ?)", (LINEAGE, SEQ))
 
     def count(self) -> int:
         """Number of known paths."""
@@ -177,7 +222,7 @@ class Index:
         """The paths of ``root`` that were made from this inode."""
         rows = self._db.execute(
             f"SELECT {_COLUMNS} FROM entries WHERE ino=? AND dev=? AND root=?",  # noqa: S608
-            (ino, dev, root),
+            (_signed(ino), _signed(dev), root),
         )
         return [_known(row) for row in rows]
 
@@ -189,6 +234,12 @@ class Index:
             (root, low, high, int(FileKind.FILE)),
         )
         return [_known(row) for row in rows]
+
+    def longest_below(self, root: int, path: bytes) -> int:
+        """Length of the longest known path below a directory; 0 when nothing is known below it."""
+        low, high = below(path)
+        query = "SELECT max(length(path)) FROM entries WHERE root=? AND path>=? AND path<?"
+        return int(self._db.execute(query, (root, low, high)).fetchone()[0] or 0)
 
     def children(self, root: int, path: bytes) -> list[bytes]:
         """Paths directly below a directory."""

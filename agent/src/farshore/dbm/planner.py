@@ -6,6 +6,7 @@ that is lost, doubled or out of order costs time and never correctness. Runs in 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Generator, Iterable
@@ -15,7 +16,8 @@ from io import FileIO
 import blake3
 
 from farshore import delta
-from farshore.dbm.index import Index, Known, parent_of
+from farshore.dbm import wire
+from farshore.dbm.index import Index, Known, clamp_time, parent_of
 from farshore.dbm.messages import (
     INLINE_MAX,
     Chunk,
@@ -32,7 +34,8 @@ from farshore.dbm.messages import (
     SetMeta,
     WantSignature,
 )
-from farshore.errors import FarshoreError
+from farshore.dbm.replica import paths
+from farshore.errors import FarshoreError, UnsafePath
 from farshore.fmm import scanner
 from farshore.fmm.dirty import Dirty
 from farshore.fmm.patterns import Filter
@@ -41,10 +44,17 @@ from farshore.fmm.types import FileKind, Hint, Kind, Observed, Root
 #: A transaction is closed after so many operations or bytes of content.
 MAX_OPERATIONS = 1000
 MAX_BYTES = 16 << 20
+#: It is closed after so much time of looking, too: what changes now must not wait for the end of a long walk.
+LOOK_SECONDS = 0.25
+#: The longest path that a replica takes.
+MAX_PATH = 4096
 #: Two changes within one tick of the kernel's clock leave equal times (10 ms at HZ=100): who changed so shortly
 #: before being read may change again unseen by lstat, as in git's "racy" index entries.
 _RACY_NS = 20_000_000
 _READ = 1 << 20
+#: Extended attributes beyond this would not fit into a frame together with the rest of a message.
+_MAX_XATTRS = wire.MAX_FRAME - INLINE_MAX - 4 * MAX_PATH
+_XATTR_OVERHEAD = 16
 _CONTENT = Kind.MODIFIED | Kind.CREATED | Kind.MOVED_TO
 #: What the planner yields goes to the replica; a WantSignature is answered by the bytes sent into the generator.
 Messages = Generator[FromSource, bytes | None, None]
@@ -52,6 +62,10 @@ Messages = Generator[FromSource, bytes | None, None]
 
 class SourceUnreadable(FarshoreError):
     """{0!r} cannot be read any further: {1}"""
+
+
+class _Unobservable(Exception):
+    """An error hides whether a path exists. It is noted as a problem; whoever wanted to know gives the path up."""
 
 
 class _NextTransaction(Exception):
@@ -89,22 +103,39 @@ class Planner:
         self._cut = False
         self._operations = 0
         self._bytes = 0
+        self._looked = self._resumed = 0.0
+        # Files that failed in the middle of their content, with their ctime then.
+        self._unreadable: dict[tuple[int, bytes], int] = {}
         self.again: list[Hint] = []
         #: Roots that are missing, or look as if they were not mounted: what is protected cannot be told from them.
         self.absent_roots: set[int] = set()
         #: Paths that were looked at so far.
         self.looked_at = 0
-        #: What the transaction changes on the replica; ``drastic`` when a directory is moved or removed by it.
+        #: What the transaction changes on the replica; ``drastic`` when a directory is moved, removed or replaced.
         self.changed: set[tuple[int, bytes]] = set()
         self.drastic = False
-        #: What could not be read, with the reason.
-        self.problems: dict[tuple[int, bytes], str] = {}
+        #: What could not be read or told, by root, path and what of it ("root", "state", ...), with the reason.
+        self.problems: dict[tuple[int, bytes, str], str] = {}
 
     def transaction(self, batch: Batch) -> Messages:
         """The operations of the next transaction for ``batch``; none when there is nothing to tell.
 
         Raises SourceUnreadable when a file fails in the middle of its content: the transaction is lost.
         """
+        steps = self._steps(batch)
+        answer: bytes | None = None
+        self._looked = 0.0
+        while True:
+            self._resumed = time.monotonic()
+            try:
+                message = steps.send(answer)
+            except StopIteration:
+                return
+            # The time that whoever takes the message needs is not ours.
+            self._looked += time.monotonic() - self._resumed
+            answer = yield message
+
+    def _steps(self, batch: Batch) -> Messages:
         self._operations = self._bytes = 0
         self._cut = False
         self._touched.clear()
@@ -112,14 +143,20 @@ class Planner:
         self.changed.clear()
         self.drastic = False
         while not (batch.finished or self._cut or self._operations >= MAX_OPERATIONS or self._bytes >= MAX_BYTES):
-            if batch.todo:
-                root, path, kind = batch.todo.pop()
-                yield from self._look(batch, root, path, kind)
-            elif batch.walks:
-                self._list(batch, *batch.walks.pop())
-            else:
-                yield from self._gone(batch, *batch.vanished.pop())
+            with contextlib.suppress(_Unobservable):
+                yield from self._step(batch)
+            if self._looked + time.monotonic() - self._resumed >= LOOK_SECONDS:
+                break
         yield from self._directories()
+
+    def _step(self, batch: Batch) -> Messages:
+        if batch.todo:
+            root, path, kind = batch.todo.pop()
+            yield from self._look(batch, root, path, kind)
+        elif batch.walks:
+            self._list(batch, *batch.walks.pop())
+        else:
+            yield from self._gone(batch, *batch.vanished.pop())
 
     def doubt(self, paths: Iterable[tuple[int, bytes]]) -> list[Hint]:
         """Of what the replica has at ``paths`` nothing is certain any more, not even that it has nothing there.
@@ -129,9 +166,13 @@ class Planner:
         hints = []
         for root, path in paths:
             known = self._index.get(root, path)
-            if known is None or known.kind is not FileKind.DIRECTORY:
-                self._index.remove(root, path)
-                self._index.put(_unknown(root, path))
+            if known is not None and known.kind is FileKind.DIRECTORY:
+                # It is there, as only a drastic transaction would have changed that; no metadata equals this mode.
+                self._index.put(replace(known, mode=-1))
+                hints.append(Hint(root, path, Kind.ATTRIBUTES))
+                continue
+            self._index.remove(root, path)
+            self._index.put(_unknown(root, path))
             hints.append(Hint(root, path, Kind.RESCAN | Kind.MODIFIED))
         return hints
 
@@ -141,11 +182,50 @@ class Planner:
         base = self._roots[root].path
         return base + b"/" + path if path else base
 
+    def _note(self, root: int, path: bytes, what: str, why: str | None) -> None:
+        """``why`` keeps ``what`` of the path from being replicated; None when nothing does any more."""
+        if why is None:
+            self.problems.pop((root, path, what), None)
+        else:
+            self.problems[root, path, what] = f"{os.fsdecode(self._where(root, path))}: {why}"
+
+    def _forget_problems(self, root: int, path: bytes) -> None:
+        """Nothing is at ``path``, so nothing is wrong there or below."""
+        for key in [k for k in self.problems if k[0] == root and (k[1] == path or k[1].startswith(path + b"/"))]:
+            del self.problems[key]
+
     def _observe(self, root: int, path: bytes) -> Observed | None:
+        """The state of a path as it can be told to the replica, None when nothing is there.
+
+        Raises _Unobservable when neither can be found out.
+        """
         try:
-            return scanner.observe(self._roots[root].path, root, path)
+            seen = scanner.observe(self._roots[root].path, root, path)
         except OSError as error:
-            self.problems[root, path] = f"{os.fsdecode(self._where(root, path))}: {error.strerror}"
+            self._note(root, path, "state", _reason(error))
+            if not path:
+                self._absent(root, _reason(error))
+            raise _Unobservable from error
+        self._note(root, path, "state", None)
+        if seen is None:
+            return None
+        size = sum(len(name) + len(value) + _XATTR_OVERHEAD for name, value in seen.xattrs)
+        if size > _MAX_XATTRS:
+            self._note(root, path, "xattrs", f"its extended attributes are too large to be replicated ({size} bytes)")
+            seen = replace(seen, xattrs=())
+        else:
+            self._note(root, path, "xattrs", None)
+        times = (seen.atime_ns, seen.mtime_ns, seen.ctime_ns)
+        atime, mtime, ctime = map(clamp_time, times)
+        if times != (atime, mtime, ctime):
+            seen = replace(seen, atime_ns=atime, mtime_ns=mtime, ctime_ns=ctime)
+        return seen
+
+    def _glimpse(self, root: int, path: bytes) -> Observed | None:
+        """What is observed at ``path``; None also when that fails."""
+        try:
+            return self._observe(root, path)
+        except _Unobservable:
             return None
 
     def _list(self, batch: Batch, root: int, path: bytes) -> None:
@@ -156,9 +236,9 @@ class Planner:
             batch.vanished.append((root, path))
             return
         except OSError as error:
-            self.problems[root, path] = f"{os.fsdecode(self._where(root, path))}: {error.strerror}"
+            self._note(root, path, "entries", _reason(error))
             return
-        self.problems.pop((root, path), None)
+        self._note(root, path, "entries", None)
         prefix = path + b"/" if path else b""
         there = {prefix + name for name in names}
         batch.todo.extend((root, child, Kind.RESCAN) for child in sorted(there, reverse=True))
@@ -173,35 +253,79 @@ class Planner:
 
     def _look(self, batch: Batch, root: int, path: bytes, kind: Kind) -> Messages:
         self.looked_at += 1
+        if not self._can_name(root, path):
+            return
         seen = self._observe(root, path)
         if seen is None:
             batch.vanished.append((root, path))
             return
         if not path:
-            if self._looks_unmounted(seen):
-                self._absent(root, "empty, and on another filesystem than before; is it not mounted?")
+            if not self._has_root(root):
                 return
-            self.absent_roots.discard(root)
-            self.problems.pop((root, path), None)
+            self._present(seen)
         if path and not self._filters[root].allows(path, seen.kind is FileKind.DIRECTORY):
+            known = self._index.get(root, path)
+            if known is not None and self._filters[root].allows(path, known.kind is FileKind.DIRECTORY):
+                # What was protected is gone; something that is not took its place.
+                yield from self._remove(batch, known)
             return
         yield from self._sync(batch, seen, bool(kind & _CONTENT))
         if Kind.RESCAN in kind and seen.kind is FileKind.DIRECTORY:
             batch.walks.append((root, path))
 
+    def _can_name(self, root: int, path: bytes) -> bool:
+        """False for what is too long for the replica: it is a problem, not to be sent."""
+        try:
+            paths.check(path)
+        except UnsafePath:
+            longest = max(map(len, path.split(b"/")))
+            why = f"path is longer than {MAX_PATH} bytes" if len(path) > MAX_PATH else f"a name has {longest} bytes"
+            self._note(root, path, "name", why)
+            return False
+        return True
+
     def _absent(self, root: int, why: str) -> None:
         self.absent_roots.add(root)
-        self.problems[root, b""] = f"{os.fsdecode(self._where(root, b''))}: {why}"
+        self._note(root, b"", "root", why)
+
+    def _present(self, seen: Observed) -> None:
+        """A root is there; remember the filesystem that it is on while it is filled."""
+        self.absent_roots.discard(seen.root)
+        self._note(seen.root, b"", "root", None)
+        if seen.kind is FileKind.DIRECTORY and self._device(seen.root) != seen.dev and not self._is_empty(seen.root):
+            self._index.set_fact(self._device_key(seen.root), str(seen.dev).encode())
+
+    def _device_key(self, root: int) -> str:
+        return f"dev:{self._roots[root].path.hex()}"
+
+    def _device(self, root: int) -> int | None:
+        """The filesystem that a root was on when it was last seen filled; None when it never was."""
+        fact = self._index.get_fact(self._device_key(root))
+        return None if fact is None else int(fact)
+
+    def _is_empty(self, root: int) -> bool:
+        try:
+            with os.scandir(self._where(root, b"")) as entries:
+                return next(entries, None) is None
+        except OSError:
+            return True
 
     def _looks_unmounted(self, seen: Observed) -> bool:
         """An empty directory where a filled one of another filesystem was is a fault, not a wish."""
-        known = self._index.get(seen.root, b"")
-        if known is None or known.dev in (0, seen.dev) or seen.kind is not FileKind.DIRECTORY:
+        if seen.kind is not FileKind.DIRECTORY or self._device(seen.root) in (None, seen.dev):
             return False
-        try:
-            return not os.listdir(self._where(seen.root, b""))
-        except OSError:
+        return self._is_empty(seen.root)
+
+    def _has_root(self, root: int) -> bool:
+        """False when the root itself is missing: that says nothing about what is wanted below it."""
+        seen = self._observe(root, b"")
+        if seen is None:
+            self._absent(root, "the protected path is missing")
+        elif self._looks_unmounted(seen):
+            self._absent(root, "empty, and on another filesystem than before; is it not mounted?")
+        else:
             return True
+        return False
 
     def _gone(self, batch: Batch, root: int, path: bytes) -> Messages:
         known = self._index.get(root, path)
@@ -211,10 +335,16 @@ class Planner:
         elif not path:
             # An unmounted or vanished root is a fault here, not a wish to empty the replica.
             self._absent(root, "the protected path is missing")
-        elif known is not None and (root, path) not in self.problems:
-            self._look_at_other_names(batch, known)
-            yield from self._emit(Remove(root, path))
-            self._index.remove(root, path)
+        elif self._has_root(root):
+            self._forget_problems(root, path)
+            self._unreadable.pop((root, path), None)
+            if known is not None:
+                yield from self._remove(batch, known)
+
+    def _remove(self, batch: Batch, known: Known) -> Messages:
+        self._look_at_other_names(batch, known)
+        yield from self._emit(Remove(known.root, known.path))
+        self._index.remove(known.root, known.path)
 
     def _look_at_other_names(self, batch: Batch, lost: Known) -> None:
         """A name is lost: what was written through it shows under the other names of the file, unannounced."""
@@ -252,12 +382,22 @@ class Planner:
     def _directories(self) -> Messages:
         """What was done below them changed the directories' own times on the replica: set them last."""
         for root, path in sorted(self._touched, key=lambda item: item[1].count(b"/"), reverse=True):
-            known = self._index.get(root, path)
-            seen = self._observe(root, path)
-            if known and seen and known.kind is seen.kind is FileKind.DIRECTORY:
-                yield SetMeta(root, path, _meta(seen))
-                self._index.put(_known(seen, None, settled=True))
+            with contextlib.suppress(_Unobservable):
+                yield from self._directory_meta(root, path)
         self._touched.clear()
+
+    def _directory_meta(self, root: int, path: bytes) -> Messages:
+        known = self._index.get(root, path)
+        seen = self._observe(root, path)
+        if known is None or seen is None or not known.kind is seen.kind is FileKind.DIRECTORY:
+            return
+        if not path:
+            if not self._has_root(root):
+                return
+            self._present(seen)
+        self.changed.add((root, path))
+        yield SetMeta(root, path, _meta(seen))
+        self._index.put(_known(seen, None, settled=True))
 
     def _sync(self, batch: Batch, seen: Observed, force: bool) -> Messages:
         """Make the replica have what was seen."""
@@ -277,7 +417,11 @@ class Planner:
                 self._look_at_other_names(batch, known)
             known = (yield from self._moved(batch, seen)) or known
         if known is not None and known.kind is not seen.kind:
+            if known.kind is FileKind.DIRECTORY:
+                yield from self._emit(Remove(root, path))
             self._index.remove(root, path)
+            # What takes its place may turn out to be unreadable; the replica has something there until then.
+            self._index.put(_unknown(root, path))
             known = None
         match seen.kind:
             case FileKind.DIRECTORY:
@@ -311,7 +455,9 @@ class Planner:
                 continue
             if path.startswith(old.path + b"/") or old.path.startswith(path + b"/"):
                 continue
-            there = self._observe(root, old.path)
+            if self._index.longest_below(root, old.path) + len(path) - len(old.path) > MAX_PATH:
+                continue
+            there = self._glimpse(root, old.path)
             if there is not None and (there.dev, there.ino) == (seen.dev, seen.ino):
                 continue
             yield from self._emit(Move(root, old.path, path))
@@ -347,6 +493,8 @@ class Planner:
     def _file(self, batch: Batch, seen: Observed, known: Known | None, force: bool) -> Messages:
         if known is not None and known.same_identity(seen) and not force:
             return
+        if self._unreadable.get((seen.root, seen.path)) == seen.ctime_ns and not force:
+            return
         if known is not None and known.listed_alike(seen) and not force:
             if not known.same_meta(seen):
                 yield from self._emit(SetMeta(seen.root, seen.path, _meta(seen)))
@@ -370,9 +518,8 @@ class Planner:
             batch.vanished.append((seen.root, seen.path))
             return
         except OSError as error:
-            self.problems[seen.root, seen.path] = f"{os.fsdecode(self._where(seen.root, seen.path))}: {error.strerror}"
+            self._note(seen.root, seen.path, "content", _reason(error))
             return
-        self.problems.pop((seen.root, seen.path), None)
         started = time.time_ns()
         with os.fdopen(handle, "rb", buffering=0) as source:
             before = os.fstat(handle)
@@ -385,12 +532,18 @@ class Planner:
                 self._cut = True
                 batch.todo.append((seen.root, seen.path, Kind.MODIFIED))
                 return
+            except OSError as error:
+                # Nothing of it was sent yet, so that only this file stays behind.
+                self._cannot_read(seen, error)
+                return
             after = os.fstat(handle)
+        self._note(seen.root, seen.path, "content", None)
+        self._unreadable.pop((seen.root, seen.path), None)
         same = (before.st_mtime_ns, before.st_ctime_ns, before.st_size) == (
             after.st_mtime_ns,
             after.st_ctime_ns,
             after.st_size,
-        ) and after.st_ctime_ns == seen.ctime_ns
+        ) and clamp_time(after.st_ctime_ns) == seen.ctime_ns
         if not same:
             self.again.append(Hint(seen.root, seen.path, Kind.MODIFIED))
         entry = _settle(entry, same and started - seen.ctime_ns > _RACY_NS)
@@ -419,7 +572,7 @@ class Planner:
         for other in self._index.by_inode(seen.root, seen.dev, seen.ino):
             if other.path == seen.path or other.kind is not FileKind.FILE:
                 continue
-            there = self._observe(seen.root, other.path)
+            there = self._glimpse(seen.root, other.path)
             if there is not None and (there.dev, there.ino) == (seen.dev, seen.ino):
                 names.append(other)
         return names
@@ -429,35 +582,35 @@ class Planner:
     def _content(
         self, source: FileIO, seen: Observed, known: Known | None
     ) -> Generator[FromSource, bytes | None, Known]:
-        """Send what differs of a file's content and metadata; returns what the replica will have."""
+        """Send what differs of a file's content and metadata; returns what the replica will have.
+
+        Raises OSError when it cannot be read and nothing was sent, SourceUnreadable in the middle of it.
+        """
         self._content_sent = False
         root, path = seen.root, seen.path
-        try:
-            if seen.size <= INLINE_MAX:
-                data = source.read(INLINE_MAX + 1)
-                if len(data) <= INLINE_MAX:
-                    digest = blake3.blake3(data).digest()
-                    if not _has(known, len(data), digest):
-                        self._content_sent = True
-                        yield from self._emit(Put(root, path, _meta(seen), data), len(data))
-                        self._index.set_signature(root, path, None)
-                    elif known is not None and not known.same_meta(seen):
-                        yield from self._emit(SetMeta(root, path, _meta(seen)))
-                    return _known(replace(seen, size=len(data)), digest, settled=True)
-                source.seek(0)
-            if (
-                known is not None
-                and known.size == seen.size
-                and (not known.ctime_ns or known.mtime_ns == seen.mtime_ns)
-            ):
-                digest = _digest(source)
-                if _has(known, seen.size, digest):
-                    if not known.same_meta(seen):
-                        yield from self._emit(SetMeta(root, path, _meta(seen)))
-                    return _known(seen, digest, settled=True)
-                source.seek(0)
-        except OSError as error:
-            raise SourceUnreadable(self._where(root, path), error.strerror) from error
+        if seen.size <= INLINE_MAX:
+            data = source.read(INLINE_MAX + 1)
+            if len(data) <= INLINE_MAX:
+                digest = blake3.blake3(data).digest()
+                if not _has(known, seen, len(data), digest):
+                    self._content_sent = True
+                    yield from self._emit(Put(root, path, _meta(seen), data), len(data))
+                    self._index.set_signature(root, path, None)
+                elif known is not None and not known.same_meta(seen):
+                    yield from self._emit(SetMeta(root, path, _meta(seen)))
+                return _known(replace(seen, size=len(data)), digest, settled=True)
+            source.seek(0)
+        if known is not None and known.size == seen.size and (not known.ctime_ns or known.mtime_ns == seen.mtime_ns):
+            digest = _digest(source)
+            if _has(known, seen, seen.size, digest):
+                if not known.same_meta(seen):
+                    yield from self._emit(SetMeta(root, path, _meta(seen)))
+                return _known(seen, digest, settled=True)
+            source.seek(0)
+        elif (root, path) in self._unreadable:
+            # It failed once in the middle and took the transaction with it: this time see first whether it can be read.
+            _digest(source)
+            source.seek(0)
         return (yield from self._patch(source, seen, known))
 
     def _patch(self, source: FileIO, seen: Observed, known: Known | None) -> Generator[FromSource, bytes | None, Known]:
@@ -479,11 +632,17 @@ class Planner:
                 self._bytes += len(chunk)
                 yield Chunk(bytes(chunk), False)
         except OSError as error:
+            self._cannot_read(seen, error)
             raise SourceUnreadable(self._where(root, path), error.strerror) from error
         yield Chunk(b"", True)
         assert encoder.signature is not None
         self._index.set_signature(root, path, encoder.signature.to_bytes())
         return _known(replace(seen, size=encoder.length), encoder.digest, settled=True)
+
+    def _cannot_read(self, seen: Observed, error: OSError) -> None:
+        """Leave the file alone until a hint, or another ctime, promises better."""
+        self._note(seen.root, seen.path, "content", _reason(error))
+        self._unreadable[seen.root, seen.path] = seen.ctime_ns
 
     def _is_remade(self, root: int, path: bytes) -> bool:
         """True when this transaction made, or moved, what is at ``path``."""
@@ -492,6 +651,10 @@ class Planner:
                 return True
             path = path.rpartition(b"/")[0]
         return (root, b"") in self._remade
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or str(error)
 
 
 def _open(where: bytes) -> int:
@@ -510,13 +673,13 @@ def _digest(source: FileIO) -> bytes:
     return hasher.digest()
 
 
-def _has(known: Known | None, size: int, digest: bytes) -> bool:
-    return known is not None and known.size == size and known.digest == digest and not _doubtful(known)
+def _has(known: Known | None, seen: Observed, size: int, digest: bytes) -> bool:
+    return known is not None and known.size == size and known.digest == digest and not _doubtful(known, seen)
 
 
-def _doubtful(known: Known) -> bool:
-    """A replica's file with several names, learned from a listing: it may be linked to what is separate here."""
-    return known.ino == 0 and known.nlink > 1
+def _doubtful(known: Known, seen: Observed) -> bool:
+    """A replica's file with several names that was not made from what is seen: it may be linked to what is separate."""
+    return known.nlink > 1 and (known.dev, known.ino) != (seen.dev, seen.ino)
 
 
 def _meta(seen: Observed) -> Meta:

@@ -15,8 +15,11 @@ import struct
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
+
+import msgspec
 
 from farshore import delta
 from farshore.dbm import wire
@@ -48,9 +51,9 @@ from farshore.dbm.messages import (
     SetMeta,
     WantSignature,
 )
-from farshore.dbm.replica.stage import Stage
+from farshore.dbm.replica.stage import Stage, Staged
 from farshore.dbm.replica.tree import BaseUnknown, Tree, syncfs
-from farshore.errors import ProtocolError, StaleEpoch, UnsafePath
+from farshore.errors import ProtocolError, StaleEpoch, StateError, UnsafePath
 from farshore.fmm.types import FileKind, Root
 from farshore.log import Log
 
@@ -61,12 +64,16 @@ CODEC: wire.Codec[FromSource] = wire.Codec(FromSource)
 _FEW = 16
 #: Operations that one transaction may hold; a peer that sends more is broken or hostile.
 MAX_OPERATIONS = 20_000
+#: Bytes of paths, link targets and attributes that one transaction may hold; contents are not kept in memory.
+MAX_METADATA = 64 << 20
 _BLOCK_MESSAGES = 256
 _BLOCK_BYTES = 1 << 20
 _ENTRIES_PER_FRAME = 200
 _OPERATIONS = (MakeDir, Put, Patch, MakeSymlink, MakeNode, Link, Move, Remove, SetMeta)
 _ZERO = bytes(4096)
 _NUMBER = struct.Struct(">Q")
+_ALIVE_SECONDS = 5.0
+_T = TypeVar("_T")
 
 
 class Gate(Protocol):
@@ -89,9 +96,10 @@ class Gate(Protocol):
 class _Transaction:
     seq: int
     operations: list[Operation] = field(default_factory=list)
-    staged: dict[int, bytes] = field(default_factory=dict)
+    staged: dict[int, Staged] = field(default_factory=dict)
     failure: Nak | None = None
     size: int = 0
+    metadata: int = 0
 
 
 class _SparseFile:
@@ -144,13 +152,18 @@ class Applier:
         data = os.pread(self._started, _NUMBER.size, 0)
         return int(_NUMBER.unpack(data)[0]) if len(data) == _NUMBER.size else 0
 
+    def interrupt(self) -> None:
+        """End the reading of contents that is under way, if any; may be called from any thread."""
+        for tree in self._trees:
+            tree.interrupted.set()
+
     def keep_aside(self, directory: Path | None, judge: Callable[[int, bytes, os.stat_result], bool]) -> None:
         """Keep what ``judge`` says nobody else has, below ``directory``; None ends it."""
         for number, tree in enumerate(self._trees):
-            tree.aside = None if directory is None else os.fsencode(directory / str(number))
-            tree.rescue = None
-            if directory is not None:
-                tree.rescue = lambda path, there, number=number: judge(number, path, there)
+            if directory is None:
+                tree.keep_aside(None, None)
+            else:
+                tree.keep_aside(os.fsencode(directory / str(number)), partial(judge, number))
 
     def close(self) -> None:
         """Drop an open transaction and give back all handles."""
@@ -212,7 +225,7 @@ class Applier:
         if handle is None:
             return None
         with os.fdopen(handle, "rb") as source:
-            return delta.sign(source).to_bytes()
+            return delta.sign(source, length_hint=os.fstat(handle).st_size).to_bytes()
 
     # --- staging
 
@@ -228,7 +241,12 @@ class Applier:
         if len(transaction.operations) >= MAX_OPERATIONS:
             raise ProtocolError("the source", f"more than {MAX_OPERATIONS} operations in a transaction")
         tree = self._tree(operation.root)
-        transaction.operations.append(operation)
+        transaction.metadata += _metadata_size(operation)
+        if transaction.metadata > MAX_METADATA:
+            raise ProtocolError("the source", f"more than {MAX_METADATA} bytes of metadata in a transaction")
+        # The content goes to disk; kept in memory as well, a transaction of many files would fill it.
+        kept = msgspec.structs.replace(operation, data=b"") if isinstance(operation, Put) else operation
+        transaction.operations.append(kept)
         if transaction.failure is not None:
             return
         with self._failing(operation):
@@ -250,7 +268,12 @@ class Applier:
             base = tree.open_file(operation.path) if operation.based else None
             if operation.based and base is None:
                 raise BaseUnknown(operation.path, "there is no file to build on")
-            staged, handle = self._stages[operation.root].create()
+            try:
+                staged, handle = self._stages[operation.root].create()
+            except BaseException:
+                if base is not None:
+                    os.close(base)
+                raise
             transaction.staged[len(transaction.operations) - 1] = staged
             out = _SparseFile(handle, operation.sparse)
             reader = None if base is None else delta.FdReader(base)
@@ -291,6 +314,9 @@ class Applier:
             return
         except (BaseUnknown, UnsafePath, delta.DeltaCorrupt) as error:
             reason = str(error)
+        except StateError as error:
+            unknown = False
+            reason = str(error)
         except OSError as error:
             unknown = False
             reason = f"{os.fsdecode(operation.path)!r}: {error.strerror or error}"
@@ -319,19 +345,15 @@ class Applier:
 
     def _sync_staged(self, transaction: _Transaction) -> None:
         if len(transaction.staged) <= _FEW:
-            for path in transaction.staged.values():
-                handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            for staged in transaction.staged.values():
+                handle = os.open(staged.name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=staged.directory)
                 try:
                     os.fsync(handle)
                 finally:
                     os.close(handle)
             return
-        for stage in {os.path.dirname(path) for path in transaction.staged.values()}:
-            handle = os.open(stage, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                syncfs(handle)
-            finally:
-                os.close(handle)
+        for directory in {staged.directory for staged in transaction.staged.values()}:
+            syncfs(directory)
 
     def _apply(self, transaction: _Transaction) -> None:
         touched: dict[int, set[bytes | None]] = {}
@@ -350,16 +372,16 @@ class Applier:
             if len(directories) <= _FEW and len(transaction.operations) <= 4 * _FEW:
                 self._trees[root].sync(directories)
             else:
-                self._trees[root].sync_all()
+                self._trees[root].sync_all(directories)
 
-    def _apply_one(self, operation: Operation, staged: bytes | None) -> None:
+    def _apply_one(self, operation: Operation, staged: Staged | None) -> None:
         tree = self._tree(operation.root)
         match operation:
             case MakeDir(path=path, meta=meta):
                 tree.make_directory(path, meta)
-            case Put(path=path) | Patch(path=path):
+            case Put(path=path, meta=meta) | Patch(path=path, meta=meta):
                 assert staged is not None
-                tree.place(staged, path)
+                tree.place(staged, path, meta)
             case MakeSymlink(path=path, meta=meta, target=target):
                 tree.make_symlink(path, meta, target)
             case MakeNode(path=path, meta=meta, kind=kind, rdev=rdev):
@@ -386,6 +408,32 @@ class Applier:
     def _transaction(self) -> _Transaction:
         assert self._open is not None
         return self._open
+
+
+def _metadata_size(operation: Operation) -> int:
+    """About how many bytes of memory an operation keeps until its transaction ends."""
+    size = 200 + len(operation.path)
+    if isinstance(operation, (Link, Move)):
+        size += len(operation.to)
+    else:
+        if isinstance(operation, MakeSymlink):
+            size += len(operation.target)
+        if not isinstance(operation, Remove):
+            size += sum(len(name) + len(value) + 100 for name, value in operation.meta.xattrs)
+    return size
+
+
+def _metadata_size(operation: Operation) -> int:
+    """About what an operation takes in memory without its content."""
+    size = 200 + len(operation.path)
+    match operation:
+        case MakeSymlink(target=target):
+            size += len(target)
+        case Link(to=to) | Move(to=to):
+            size += len(to)
+    if not isinstance(operation, (Link, Move, Remove)):
+        size += sum(100 + len(name) + len(value) for name, value in operation.meta.xattrs)
+    return size
 
 
 async def serve(
@@ -447,10 +495,21 @@ async def _send_entries(
     loop: asyncio.AbstractEventLoop,
     worker: ThreadPoolExecutor,
 ) -> None:
-    while (part := await loop.run_in_executor(worker, next, parts, None)) is not None:
+    alive = CODEC.encode(Entries([], False))
+    while (part := await _telling(writer, alive, loop.run_in_executor(worker, next, parts, None))) is not None:
         writer.write(CODEC.encode(Entries(part, False)))
         await writer.drain()
     writer.write(CODEC.encode(Entries([], True)))
+
+
+async def _telling(writer: asyncio.StreamWriter, alive: bytes, work: asyncio.Future[_T]) -> _T:
+    """Wait for ``work``, however long it takes, and send ``alive`` every few seconds meanwhile."""
+    while True:
+        done, _ = await asyncio.wait({work}, timeout=_ALIVE_SECONDS)
+        if done:
+            return work.result()
+        writer.write(alive)
+        await writer.drain()
 
 
 async def _send_signature(
@@ -462,7 +521,8 @@ async def _send_signature(
     worker: ThreadPoolExecutor,
 ) -> None:
     try:
-        signature = await loop.run_in_executor(worker, applier.signature, root, path)
+        work = loop.run_in_executor(worker, applier.signature, root, path)
+        signature = await _telling(writer, CODEC.encode(Chunk(b"", False)), work)
     except (UnsafePath, OSError) as error:
         _log.warning("no signature", path=path, reason=error)
         signature = None

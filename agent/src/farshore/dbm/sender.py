@@ -8,8 +8,10 @@ frames.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import socket
+import sqlite3
 import ssl
 import time
 from collections.abc import Callable
@@ -22,7 +24,7 @@ import msgspec
 from farshore import tls
 from farshore.config import NodeRef
 from farshore.dbm import wire
-from farshore.dbm.index import Index, Known
+from farshore.dbm.index import LINEAGE, SEQ, Index, IndexDamaged, Known, clamp_time, is_damage, set_aside
 from farshore.dbm.messages import (
     Ack,
     Begin,
@@ -43,8 +45,17 @@ from farshore.dbm.messages import (
     WantSignature,
     Welcome,
 )
-from farshore.dbm.planner import Batch, Messages, Planner, dirty_everything
-from farshore.errors import FarshoreError, NotInTime, PeerRefused, PeerUnreachable, ProtocolError, StaleEpoch
+from farshore.dbm.planner import MAX_PATH, Batch, Messages, Planner, dirty_everything
+from farshore.dbm.replica import paths
+from farshore.errors import (
+    FarshoreError,
+    NotInTime,
+    PeerRefused,
+    PeerUnreachable,
+    ProtocolError,
+    StaleEpoch,
+    UnsafePath,
+)
 from farshore.fmm.dirty import DirtySet
 from farshore.fmm.types import FileKind, Hint, Root
 from farshore.log import Log
@@ -59,8 +70,9 @@ _ANSWER_SECONDS = 600.0
 _BACKOFF = (0.1, 5.0)
 _BLOCK = 512 << 10
 _TAKE = 2000
-_LINEAGE = "lineage"
-_SEQ = "seq"
+#: A signature may take so many bytes, and so many more for each byte of the file.
+_SIGNATURE_BYTES = 64 << 20
+_SIGNATURE_SHARE = 24 / 4096
 #: Seconds of silence after which TCP gives a connection up.
 _DEAD_SECONDS = 15
 
@@ -160,7 +172,7 @@ class Sender:
         """Why nothing can be promised now: a protected path is not there. "" when all are."""
         if self._planner is None or not self._planner.absent_roots:
             return ""
-        return self._planner.problems.get((min(self._planner.absent_roots), b""), "a protected path is missing")
+        return self._planner.problems.get((min(self._planner.absent_roots), b"", "root"), "a protected path is missing")
 
     def problems(self) -> list[str]:
         """What could not be read here or kept there."""
@@ -208,6 +220,8 @@ class Sender:
                     # A fault of ours in one file must not end the protection of all others.
                     _log.error("sending failed", error, group=self._group)
                     self.reason = f"internal error: {error}"
+                    if is_damage(error):
+                        await self._in_worker(self._replace_index)
                 if time.monotonic() - started > 10:
                     delay = _BACKOFF[0]
                 await asyncio.sleep(delay * random.uniform(0.8, 1.2))
@@ -217,13 +231,24 @@ class Sender:
             self._worker.shutdown(wait=False)
 
     def _close_index(self) -> None:
-        if self._index is not None:
-            self._index.close()
-            self._index = None
+        index, self._index = self._index, None
+        if index is not None:
+            index.close()
+
+    def _replace_index(self) -> None:
+        """Begin a new index, as a full comparison can rebuild all that a damaged one held."""
+        with contextlib.suppress(sqlite3.Error):
+            self._close_index()
+        aside = set_aside(self._index_path)
+        _log.error("the index was damaged; a new one is begun", group=self._group, kept=aside)
 
     def _open_index(self) -> tuple[Index, Planner]:
         if self._index is None or self._planner is None:
-            self._index = Index(self._index_path)
+            try:
+                self._index = Index(self._index_path)
+            except IndexDamaged:
+                self._replace_index()
+                self._index = Index(self._index_path)
             self._planner = Planner(self._index, [root for _, root in self._roots])
         return self._index, self._planner
 
@@ -240,11 +265,13 @@ class Sender:
     async def _give_back(self) -> None:
         """What was not acknowledged is dirty again."""
         batches, self._batches = self._batches, []
-        await asyncio.shield(self._loop.run_in_executor(self._worker, self._rollback))
-        for batch in batches:
-            self._dirty.restore(batch.items)
-        if batches:
-            self._wake.set()
+        try:
+            await asyncio.shield(self._loop.run_in_executor(self._worker, self._rollback))
+        finally:
+            for batch in batches:
+                self._dirty.restore(batch.items)
+            if batches:
+                self._wake.set()
 
     def _rollback(self) -> None:
         if self._index is not None:
@@ -263,6 +290,9 @@ class Sender:
             await self._compare(reader, writer, index, welcome)
             hints = dirty_everything(range(len(self._roots)))
             planner.looked_at = 0
+        elif not self.compared:
+            # Nobody watched before this process began, and the watcher may take long to start.
+            hints = [*hints, *dirty_everything(range(len(self._roots)))]
         self._dirty.mark(hints, time.monotonic())
         self.connected = self.compared = True
         self.reason = "replicating"
@@ -300,8 +330,8 @@ class Sender:
         The replica may have begun a transaction whose acknowledgement never came. What it changes was written
         down before its Commit was sent.
         """
-        self.seq = int(index.get_fact(_SEQ) or b"0")
-        if index.get_fact(_LINEAGE) != welcome.lineage:
+        self.seq = int(index.get_fact(SEQ) or b"0")
+        if index.get_fact(LINEAGE) != welcome.lineage:
             return None
         if welcome.started == self.seq:
             return []
@@ -311,7 +341,7 @@ class Sender:
         self.seq = welcome.started
         index.begin()
         hints = planner.doubt(pending.paths)
-        index.set_fact(_SEQ, str(self.seq).encode())
+        index.set_fact(SEQ, str(self.seq).encode())
         index.commit()
         return hints
 
@@ -329,12 +359,14 @@ class Sender:
             part = await self._read(reader, _ANSWER_SECONDS)
             if not isinstance(part, Entries):
                 raise ProtocolError(self._peer.node, f"{type(part).__name__} instead of Entries")
-            await self._in_worker(index.put_all, [self._known(entry) for entry in part.entries])
+            # What is too long to be named cannot be told about either; it goes with what it lies in.
+            known = [self._known(entry) for entry in part.entries if len(entry.path) <= MAX_PATH]
+            await self._in_worker(index.put_all, known)
             if part.last:
                 break
         self.seq = welcome.started
-        await self._in_worker(index.set_fact, _LINEAGE, welcome.lineage)
-        await self._in_worker(index.set_fact, _SEQ, str(self.seq).encode())
+        await self._in_worker(index.set_fact, LINEAGE, welcome.lineage)
+        await self._in_worker(index.set_fact, SEQ, str(self.seq).encode())
         await self._in_worker(index.commit)
 
     def _known(self, entry: Entry) -> Known:
@@ -345,6 +377,13 @@ class Sender:
         if not 0 <= entry.root < len(self._roots):
             raise ProtocolError(self._peer.node, f"root {entry.root} of {len(self._roots)}")
         meta = entry.meta
+        try:
+            paths.check(entry.path)
+        except UnsafePath as error:
+            raise ProtocolError(self._peer.node, str(error)) from None
+        numbers = (meta.mode, meta.uid, meta.gid, entry.size, entry.nlink)
+        if not all(0 <= number < 1 << 63 for number in numbers) or not 0 <= entry.rdev < 1 << 64:
+            raise ProtocolError(self._peer.node, f"{entry.path!r}: a number is out of range")
         return Known(
             root=entry.root,
             path=entry.path,
@@ -353,7 +392,7 @@ class Sender:
             uid=meta.uid,
             gid=meta.gid,
             size=entry.size,
-            mtime_ns=meta.mtime_ns,
+            mtime_ns=clamp_time(meta.mtime_ns),
             ctime_ns=0,
             dev=0,
             ino=0,
@@ -387,7 +426,7 @@ class Sender:
             await writer.drain()
             if ended:
                 break
-            answer = await self._want_signature(reader, writer, want) if want else None
+            answer = await self._want_signature(reader, writer, index, want) if want else None
         if opened:
             pending = _Pending(seq, planner.drastic, sorted(planner.changed))
             await self._in_worker(pending.write, self._pending_path)
@@ -399,7 +438,7 @@ class Sender:
                 raise ProtocolError(self._peer.node, f"{verdict!r} instead of Ack({seq})")
             self._naks = 0
             self.seq = seq
-            await self._in_worker(index.set_fact, _SEQ, str(seq).encode())
+            await self._in_worker(index.set_fact, SEQ, str(seq).encode())
             for text in verdict.problems:
                 self.replica_problems[text] = None
         await self._in_worker(index.commit)
@@ -428,8 +467,10 @@ class Sender:
         raise PeerRefused(self._peer.node, nak.reason)
 
     async def _want_signature(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, want: WantSignature
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, index: Index, want: WantSignature
     ) -> bytes | None:
+        known = await self._in_worker(index.get, want.root, want.path)
+        most = _SIGNATURE_BYTES + int((known.size if known else 0) * _SIGNATURE_SHARE)
         writer.write(_CODEC.encode(want))
         blob = bytearray()
         while True:
@@ -439,6 +480,8 @@ class Sender:
             if not isinstance(part, Chunk):
                 raise ProtocolError(self._peer.node, f"{type(part).__name__} instead of a signature")
             blob += part.data
+            if len(blob) > most:
+                raise ProtocolError(self._peer.node, f"a signature of more than {most} bytes")
             if part.last:
                 return bytes(blob)
 

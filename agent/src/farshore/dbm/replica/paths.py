@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+import stat
 from collections import OrderedDict
+from collections.abc import Callable
 
 from farshore.errors import UnsafePath
+from farshore.fmm.patterns import STAGING
+
+#: Names that begin so are ours and are never replicated.
+PREFIX = STAGING
+
+#: Told before a file is removed: (handle of its directory, its name there, its path, its lstat).
+BeforeRemoval = Callable[[int, bytes, bytes, os.stat_result], None]
 
 _MAX_PATH = 4096
 _MAX_NAME = 255
@@ -24,6 +35,8 @@ def check(path: bytes) -> bytes:
     for name in path.split(b"/"):
         if name in (b"", b".", b".."):
             raise UnsafePath(path, "it is absolute, or has an empty, . or .. component")
+        if name.startswith(PREFIX):
+            raise UnsafePath(path, f"names that begin with {PREFIX.decode()} are the replica's own")
         if len(name) > _MAX_NAME:
             raise UnsafePath(path, f"a component has {len(name)} bytes; allowed are {_MAX_NAME}")
     return path
@@ -39,6 +52,8 @@ class Handles:
     def __init__(self, root: bytes) -> None:
         self._root = root
         self._cache: OrderedDict[bytes, int] = OrderedDict()
+        #: Directories that were given all rights for us, by path: their device and inode, and their true mode.
+        self._widened: dict[bytes, tuple[tuple[int, int], int]] = {}
 
     def parent(self, path: bytes) -> tuple[int, bytes]:
         """Handle of the directory that holds ``path``, and the name in it. The handle stays ours."""
@@ -60,6 +75,47 @@ class Handles:
             self._cache.move_to_end(key)
         return handle
 
+    def writable_parent(self, path: bytes) -> tuple[int, bytes]:
+        """As ``parent``; a directory of ours that forbids it to us can be changed until ``restore``."""
+        parent, name = self.parent(path)
+        if path:
+            self.widen(path.rpartition(b"/")[0])
+        return parent, name
+
+    def widen(self, path: bytes) -> None:
+        """Let us change the directory at ``path`` until ``restore``, if it is ours and we are not root."""
+        if os.geteuid() == 0:
+            return
+        handle = self.directory(path)
+        status = os.fstat(handle)
+        if _grant(handle, status):
+            self._note(path, status)
+
+    def settled(self, path: bytes) -> None:
+        """The directory at ``path`` was given its true mode: nothing is to be restored."""
+        self._widened.pop(path, None)
+
+    def moved(self, path: bytes, to: bytes) -> None:
+        """What was at ``path`` is at ``to`` now."""
+        for old in [p for p in self._widened if p == path or p.startswith(path + b"/")]:
+            self._widened[to + old[len(path) :]] = self._widened.pop(old)
+        self.forget()
+
+    def restore(self) -> None:
+        """Give directories that were widened their true modes, the deepest first."""
+        while self._widened:
+            path = max(self._widened, key=lambda each: (each.count(b"/") + bool(each), each))
+            identity, mode = self._widened.pop(path)
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                handle = self.directory(path)
+                if _identity(os.fstat(handle)) == identity:
+                    os.fchmod(handle, mode)
+
+    def _note(self, path: bytes, status: os.stat_result) -> None:
+        known = self._widened.get(path)
+        if known is None or known[0] != _identity(status):
+            self._widened[path] = (_identity(status), stat.S_IMODE(status.st_mode))
+
     def _open(self, path: bytes | None) -> int:
         # The root and what is above it are the administrator's; below it nothing is trusted.
         if path is None:
@@ -68,8 +124,12 @@ class Handles:
             return os.open(os.path.basename(self._root), _OPEN_DIRECTORY, dir_fd=self.directory(None))
         handle = os.dup(self.directory(b""))
         try:
+            at = b""
             for name in check(path).split(b"/"):
-                below = os.open(name, _OPEN_DIRECTORY, dir_fd=handle)
+                at = at + b"/" + name if at else name
+                below, before = _open_directory(handle, name)
+                if before is not None:
+                    self._note(at, before)
                 os.close(handle)
                 handle = below
         except BaseException:
@@ -81,3 +141,90 @@ class Handles:
         """Close all handles: after a directory was moved or removed, and at the end of a transaction."""
         while self._cache:
             os.close(self._cache.popitem()[1])
+
+
+def remove_tree(parent: int, name: bytes, path: bytes, before: BeforeRemoval | None) -> None:
+    """Remove the directory ``name`` in ``parent`` and all below it, never through a symbolic link.
+
+    Any depth takes two handles and no recursion. ``path`` is where the directory is, for ``before``, which is told
+    of everything but directories.
+    """
+    here = _enter(parent, name)
+    trail: list[bytes] = []
+    levels: list[tuple[tuple[int, int], list[bytes]]] = []
+    try:
+        levels.append((_identity(os.fstat(here)), _empty(here, path, trail, before)))
+        while True:
+            below = levels[-1][1]
+            if below:
+                deeper = _enter(here, below[-1])
+                os.close(here)
+                here = deeper
+                trail.append(below.pop())
+                levels.append((_identity(os.fstat(here)), _empty(here, path, trail, before)))
+                continue
+            levels.pop()
+            if not levels:
+                break
+            above = os.open(b"..", _OPEN_DIRECTORY, dir_fd=here)
+            os.close(here)
+            here = above
+            # Whoever moves it meanwhile must not lead us out of the tree.
+            if _identity(os.fstat(here)) != levels[-1][0]:
+                raise OSError(errno.EBUSY, "a directory was moved while it was removed")
+            os.rmdir(trail.pop(), dir_fd=here)
+    finally:
+        os.close(here)
+    os.rmdir(name, dir_fd=parent)
+
+
+def _empty(here: int, path: bytes, trail: list[bytes], before: BeforeRemoval | None) -> list[bytes]:
+    """Remove all but directories from ``here``; returns the names of these."""
+    below = []
+    with os.scandir(here) as found:
+        entries = [(os.fsencode(entry.name), entry.is_dir(follow_symlinks=False)) for entry in found]
+    for name, is_directory in entries:
+        if is_directory:
+            below.append(name)
+            continue
+        with contextlib.suppress(FileNotFoundError):
+            if before is not None:
+                where = b"/".join([*([path] if path else []), *trail, name])
+                before(here, name, where, os.stat(name, dir_fd=here, follow_symlinks=False))
+            os.unlink(name, dir_fd=here)
+    return below
+
+
+def _enter(parent: int, name: bytes) -> int:
+    """Open a directory that is to be emptied; one of ours that forbids it to us is given all rights."""
+    handle, _ = _open_directory(parent, name)
+    if os.geteuid() != 0:
+        _grant(handle, os.fstat(handle))
+    return handle
+
+
+def _open_directory(parent: int, name: bytes) -> tuple[int, os.stat_result | None]:
+    """Open a directory, and give it all rights for us where we may not; then its state before is told too."""
+    try:
+        return os.open(name, _OPEN_DIRECTORY, dir_fd=parent), None
+    except PermissionError:
+        inert = os.open(name, _OPEN_DIRECTORY | os.O_PATH, dir_fd=parent)
+    try:
+        before = os.fstat(inert)
+        # fchmod(2) does not take an O_PATH descriptor.
+        os.chmod(f"/proc/self/fd/{inert}", stat.S_IMODE(before.st_mode) | stat.S_IRWXU)
+    finally:
+        os.close(inert)
+    return os.open(name, _OPEN_DIRECTORY, dir_fd=parent), before
+
+
+def _grant(handle: int, status: os.stat_result) -> bool:
+    """Give us all rights on a directory of ours that lacks some; returns whether it was changed."""
+    if status.st_uid != os.geteuid() or status.st_mode & stat.S_IRWXU == stat.S_IRWXU:
+        return False
+    os.fchmod(handle, stat.S_IMODE(status.st_mode) | stat.S_IRWXU)
+    return True
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino

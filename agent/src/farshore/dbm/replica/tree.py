@@ -10,18 +10,21 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import hashlib
+import itertools
 import os
 import shutil
 import stat
+import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 
 import blake3
 
 from farshore.dbm.messages import Entry, Meta
-from farshore.dbm.replica.paths import Handles, check
-from farshore.dbm.replica.stage import PREFIX
-from farshore.errors import FarshoreError
+from farshore.dbm.replica.paths import PREFIX, Handles, check, remove_tree
+from farshore.dbm.replica.stage import Staged
+from farshore.errors import FarshoreError, UnsafePath
 from farshore.fmm import scanner
 from farshore.fmm.patterns import Filter
 from farshore.fmm.types import FileKind, Root
@@ -29,6 +32,8 @@ from farshore.fmm.types import FileKind, Root
 _MISSING = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 _CANNOT_KEEP = (errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS)
 _READ = 1 << 20
+#: Longer paths are kept aside under a short name: the system takes 4096 bytes, the place aside included.
+_LONG_PATH = 2048
 _libc = ctypes.CDLL(None, use_errno=True)
 
 #: Told before a file that this side may not have sent is overwritten or removed: (path, its lstat).
@@ -47,23 +52,36 @@ class BaseUnknown(FarshoreError):
 
 
 class Tree:
-    """The files below one root; ``root`` is absolute. One thread at a time."""
+    """The files below one root; ``root`` is absolute. One thread at a time.
+
+    A root that is a symbolic link to a directory is that directory: the administrator's link, as none is ever made
+    in a root's place here.
+    """
 
     def __init__(self, root: bytes, patterns: Root) -> None:
-        self.root = root.rstrip(b"/")
+        self.root = os.path.realpath(root) if os.path.isdir(root) else root.rstrip(b"/")
         self._filter = Filter(patterns)
         self._handles = Handles(self.root)
         #: Metadata that could not be kept since the last look, by cause.
         self.problems: dict[str, None] = {}
         #: Where to keep what nobody else has, and the judge of what that is; None in the ordinary case.
-        self.aside: bytes | None = None
-        self.rescue: Rescue | None = None
+        self._aside: bytes | None = None
+        self._rescue: Rescue | None = None
+        #: Device and inode of the files that were placed since keep_aside: the source has them.
+        self._placed: set[tuple[int, int]] = set()
         self.kept_aside = 0
+        #: Set from another thread, ends the reading of contents for good: a change of owner must not wait for it.
+        self.interrupted = threading.Event()
         os.makedirs(os.path.dirname(self.root), exist_ok=True)
 
     def close(self) -> None:
         """Give back the directory handles."""
-        self._handles.forget()
+        self.end()
+
+    def keep_aside(self, directory: bytes | None, judge: Rescue | None) -> None:
+        """Keep files of which ``judge`` says that nobody else has them below ``directory``; None ends it."""
+        self._aside, self._rescue = directory, judge
+        self._placed.clear()
 
     # --- reading
 
@@ -93,7 +111,7 @@ class Tree:
                     continue
             meta = Meta(seen.mode, seen.uid, seen.gid, seen.atime_ns, seen.mtime_ns, list(seen.xattrs))
             yield Entry(root, seen.path, int(seen.kind), meta, seen.size, seen.nlink, seen.rdev, seen.target, digest)
-        self._handles.forget()
+        self.end()
 
     def _digest(self, path: bytes) -> bytes | None:
         handle = self.open_file(path)
@@ -102,6 +120,8 @@ class Tree:
         hasher = blake3.blake3()
         try:
             while block := os.read(handle, _READ):
+                if self.interrupted.is_set():
+                    raise InterruptedError(errno.EINTR, "the listing was interrupted")
                 hasher.update(block)
         finally:
             os.close(handle)
@@ -112,7 +132,7 @@ class Tree:
     def make_directory(self, path: bytes, meta: Meta) -> None:
         """Make sure that a directory stands at ``path``."""
         with self._expecting(path):
-            parent, name = self._handles.parent(check(path))
+            parent, name = self._handles.writable_parent(check(path))
             there = self._lstat(parent, name)
             if there is not None and not stat.S_ISDIR(there.st_mode):
                 self._discard(parent, name, path, there)
@@ -120,6 +140,7 @@ class Tree:
             if there is None:
                 os.mkdir(name, 0o700, dir_fd=parent)
             self._apply_meta(parent, name, meta, FileKind.DIRECTORY)
+            self._handles.settled(path)
 
     def prepare(self, handle: int, meta: Meta) -> None:
         """Give a staged file its metadata before it gets its name."""
@@ -129,20 +150,31 @@ class Tree:
         self._apply_xattrs(where, meta, follow=True)
         os.utime(handle, ns=(meta.atime_ns, meta.mtime_ns))
 
-    def place(self, staged: bytes, path: bytes) -> None:
-        """Rename a staged, durable file to its name in the tree."""
+    def place(self, staged: Staged, path: bytes, meta: Meta) -> None:
+        """Rename a staged, durable file that was prepared with ``meta`` to its name in the tree."""
         with self._expecting(path):
-            parent, name = self._handles.parent(check(path))
+            parent, name = self._handles.writable_parent(check(path))
             there = self._lstat(parent, name)
             if there is not None:
                 if stat.S_ISDIR(there.st_mode):
                     self._discard(parent, name, path, there)
+                    parent, name = self._handles.parent(path)
                 else:
                     self._rescue_copy(parent, name, path, there)
-            os.rename(staged, name, dst_dir_fd=parent)
+            try:
+                os.rename(staged.name, name, src_dir_fd=staged.directory, dst_dir_fd=parent)
+            except OSError as error:
+                if error.errno != errno.EXDEV:
+                    raise
+                # Another filesystem is mounted somewhere below the root.
+                self._place_copy(staged, parent, name, meta)
+            if self._rescue is not None:
+                placed = os.stat(name, dir_fd=parent, follow_symlinks=False)
+                self._placed.add((placed.st_dev, placed.st_ino))
 
     def make_symlink(self, path: bytes, meta: Meta, target: bytes) -> None:
         """Put a symbolic link at ``path``; its target is data and is never followed."""
+        self._no_link_as_root(path)
         self._replace(path, lambda parent, name: os.symlink(target, name, dir_fd=parent))
         with self._expecting(path):
             parent, name = self._handles.parent(path)
@@ -171,6 +203,8 @@ class Tree:
         with self._expecting(to):
             source_parent, source_name = self._handles.parent(check(to))
             source = os.stat(source_name, dir_fd=source_parent, follow_symlinks=False)
+        if stat.S_ISLNK(source.st_mode):
+            self._no_link_as_root(path)
         with self._expecting(path):
             parent, name = self._handles.parent(check(path))
             there = self._lstat(parent, name)
@@ -192,10 +226,13 @@ class Tree:
         if not path or not to:
             raise BaseUnknown(path, "a root cannot be moved")
         with self._expecting(path):
-            parent, name = self._handles.parent(check(path))
+            parent, name = self._handles.writable_parent(check(path))
             there = os.stat(name, dir_fd=parent, follow_symlinks=False)
+            if stat.S_ISDIR(there.st_mode):
+                self._handles.widen(path)  # its .. is going to change
         with self._expecting(to):
-            to_parent, to_name = self._handles.parent(check(to))
+            parent, name = self._handles.parent(path)
+            to_parent, to_name = self._handles.writable_parent(check(to))
             target = self._lstat(to_parent, to_name)
             if target is not None and stat.S_ISDIR(target.st_mode):
                 self._discard(to_parent, to_name, to, target)
@@ -210,14 +247,14 @@ class Tree:
             parent, name = self._handles.parent(path)
             to_parent, to_name = self._handles.parent(to)
             self._rename(parent, name, to_parent, to_name)
-        self._handles.forget()
+        self._handles.moved(path, to)
 
     def remove(self, path: bytes) -> None:
         """Make sure that nothing is at ``path``."""
         if not path:
             raise BaseUnknown(path, "a root is never removed")
         try:
-            parent, name = self._handles.parent(check(path))
+            parent, name = self._handles.writable_parent(check(path))
         except OSError as error:
             if error.errno in _MISSING:
                 return
@@ -232,27 +269,92 @@ class Tree:
             parent, name = self._handles.parent(check(path))
             there = os.stat(name, dir_fd=parent, follow_symlinks=False)
             self._apply_meta(parent, name, meta, _kind(there.st_mode))
+            self._handles.settled(path)
 
-    def sync(self, directories: set[bytes | None]) -> None:
-        """Make the names in ``directories`` durable (None: beside the root); one that is gone needs it no more."""
-        for path in directories:
-            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+    def sync(self, paths: set[bytes | None]) -> None:
+        """Make directories' names and files' metadata durable (None: beside the root).
+
+        What is gone needs it no more.
+        """
+        self._handles.restore()
+        for path in paths:
+            try:
                 os.fsync(self._handles.directory(path))
+            except FileNotFoundError:
+                continue
+            except (NotADirectoryError, PermissionError):
+                if path is None or not self._sync_file(path):
+                    self.sync_all(paths)
+                    return
 
-    def sync_all(self) -> None:
-        """Make everything on the root's filesystem durable: one call instead of thousands."""
-        syncfs(self._handles.directory(None))
+    def sync_all(self, paths: set[bytes | None]) -> None:
+        """As ``sync``, by writing back all filesystems that ``paths`` lie on: one call instead of thousands."""
+        self._handles.restore()
+        done: set[int] = set()
+        for path in {None, *(path if path is None else _above(path) for path in paths), *paths}:
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+                handle = self._handles.directory(path)
+                device = os.fstat(handle).st_dev
+                if device not in done:
+                    syncfs(handle)
+                    done.add(device)
 
     def end(self) -> None:
         """A transaction ends: no handle may outlive it, as directories may be moved by others."""
+        with contextlib.suppress(OSError):
+            self._handles.restore()
         self._handles.forget()
 
     # --- how
 
+    @staticmethod
+    def _no_link_as_root(path: bytes) -> None:
+        if not path:
+            # It would lead everything that follows to where the source likes.
+            raise UnsafePath(path, "a root's place is not for a symbolic link")
+
+    def _sync_file(self, path: bytes) -> bool:
+        """Make a file's metadata durable; False when it is of a kind, or has a mode, that does not permit it."""
+        try:
+            handle = self.open_file(path)
+        except PermissionError:
+            return False
+        if handle is None:
+            return False
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+        return True
+
+    def _place_copy(self, staged: Staged, parent: int, name: bytes, meta: Meta) -> None:
+        """Copy a staged file beside ``name``, make it durable, and rename it."""
+        temporary = PREFIX + os.urandom(8).hex().encode()
+        source = os.open(staged.name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=staged.directory)
+        with os.fdopen(source, "rb") as reader:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            target = os.open(temporary, flags, 0o600, dir_fd=parent)
+            try:
+                with os.fdopen(target, "wb") as writer:
+                    status = os.fstat(source)
+                    sparse = status.st_blocks * 512 < status.st_size
+                    while block := reader.read(_READ):
+                        if sparse and not any(block):
+                            writer.seek(len(block), os.SEEK_CUR)
+                        else:
+                            writer.write(block)
+                    writer.truncate()
+                    self.prepare(target, meta)
+                    os.fsync(target)
+                os.rename(temporary, name, src_dir_fd=parent, dst_dir_fd=parent)
+            except BaseException:
+                os.unlink(temporary, dir_fd=parent)
+                raise
+
     def _replace(self, path: bytes, make: Callable[[int, bytes], None]) -> None:
         """Make something under a name of ours and rename it over ``path``: never a moment without either."""
         with self._expecting(path):
-            parent, name = self._handles.parent(check(path))
+            parent, name = self._handles.writable_parent(check(path))
             there = self._lstat(parent, name)
             if there is None:
                 make(parent, name)
@@ -282,41 +384,63 @@ class Tree:
 
     def _discard(self, parent: int, name: bytes, path: bytes, there: os.stat_result) -> None:
         if stat.S_ISDIR(there.st_mode):
-            if self.rescue is not None:
-                self._rescue_below(path)
             self._handles.forget()
             parent, name = self._handles.parent(path)
-            shutil.rmtree(name, dir_fd=parent)
+            # All that is removed is looked at, what the patterns exclude too: it would be lost as well.
+            remove_tree(parent, name, path, None if self._rescue is None else self._rescue_copy)
         else:
             self._rescue_copy(parent, name, path, there)
             os.unlink(name, dir_fd=parent)
 
-    def _rescue_below(self, path: bytes) -> None:
-        for seen in list(scanner.walk(self.root, 0, path, self._filter, self._unreadable)):
-            if seen.kind is not FileKind.DIRECTORY:
-                parent, name = self._handles.parent(seen.path)
-                there = self._lstat(parent, name)
-                if there is not None:
-                    self._rescue_copy(parent, name, seen.path, there)
-
     def _rescue_copy(self, parent: int, name: bytes, path: bytes, there: os.stat_result) -> None:
         """Keep what is about to be lost, when nobody else is known to have it."""
-        if self.rescue is None or self.aside is None or not stat.S_ISREG(there.st_mode):
+        if self._rescue is None or self._aside is None or not stat.S_ISREG(there.st_mode):
             return
-        if not self.rescue(path, there):
+        identity = there.st_dev, there.st_ino
+        if identity in self._placed:
+            if there.st_nlink == 1:
+                self._placed.discard(identity)  # the number is free for another file now
             return
-        target = self.aside + b"/" + (path or os.path.basename(self.root))
-        os.makedirs(os.path.dirname(target), 0o700, exist_ok=True)
-        if os.path.lexists(target):
+        if not self._rescue(path, there):
+            return
+        target = self._free_name(path or os.path.basename(self.root), identity)
+        if target is None:
             return
         try:
             os.link(name, target, src_dir_fd=parent, follow_symlinks=False)
         except OSError:
             source = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
-            with os.fdopen(source, "rb") as reader, open(target, "xb") as writer:
-                shutil.copyfileobj(reader, writer)
-                os.fsync(writer.fileno())
+            try:
+                with os.fdopen(source, "rb") as reader, open(target, "xb") as writer:
+                    shutil.copyfileobj(reader, writer)
+                    writer.flush()
+                    os.fsync(writer.fileno())
+            except OSError:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(target)
+                raise
         self.kept_aside += 1
+
+    def _free_name(self, path: bytes, identity: tuple[int, int]) -> bytes | None:
+        """Where to keep a file of this path; None when that very file is kept already.
+
+        What was kept before may be a file where a directory is needed, the reverse, or an earlier state.
+        """
+        assert self._aside is not None
+        if len(path) > _LONG_PATH:
+            path = b"long-" + hashlib.sha256(path).hexdigest().encode()
+        for number in itertools.count():
+            target = self._aside + (b"~%d" % number if number else b"") + b"/" + path
+            try:
+                os.makedirs(os.path.dirname(target), 0o700, exist_ok=True)
+                there = os.lstat(target)
+            except FileNotFoundError:
+                return target
+            except (FileExistsError, NotADirectoryError):
+                continue
+            if (there.st_dev, there.st_ino) == identity:
+                return None
+        raise AssertionError("unreachable")
 
     def _apply_meta(self, parent: int, name: bytes, meta: Meta, kind: FileKind) -> None:
         self._keep("owner", lambda: os.chown(name, meta.uid, meta.gid, dir_fd=parent, follow_symlinks=False))
@@ -381,6 +505,10 @@ class Tree:
 
 def _namespace(name: bytes) -> str:
     return "xattr " + name.split(b".", 1)[0].decode("ascii", "replace")
+
+
+def _above(path: bytes) -> bytes | None:
+    return path.rpartition(b"/")[0] if path else None
 
 
 def _kind(mode: int) -> FileKind:

@@ -1,0 +1,374 @@
+"""What the planner tells of a tree that is hard to read, and what its index and sender hold on to."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import shutil
+import sqlite3
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import pytest
+from nodes import Pair
+from trees import differences
+
+from farshore.dbm import planner as planning
+from farshore.dbm.index import LINEAGE, Index, IndexDamaged, _known, set_aside
+from farshore.dbm.messages import Entry, FromSource, MakeDir, Meta, Put, Remove, SetMeta
+from farshore.dbm.planner import Batch, Planner, SourceUnreadable
+from farshore.errors import NotInTime, ProtocolError
+from farshore.fmm import scanner
+from farshore.fmm.dirty import Dirty
+from farshore.fmm.types import FileKind, Hint, Kind, Root
+
+
+class Source:
+    """A tree, and a planner whose every transaction the replica acknowledges."""
+
+    def __init__(self, base: Path, exclude: tuple[str, ...] = ()) -> None:
+        self.tree = base / "tree"
+        self.tree.mkdir()
+        self.index = Index(base / "index.db")
+        self.planner = Planner(self.index, [Root(os.fsencode(self.tree), exclude=exclude)])
+
+    def one(self, batch: Batch) -> list[FromSource]:
+        self.index.begin()
+        try:
+            sent = list(self.planner.transaction(batch))
+        except BaseException:
+            self.index.rollback()
+            raise
+        self.index.commit()
+        return sent
+
+    def tell(self, *hints: Hint) -> list[FromSource]:
+        """All that is sent for the hints; a rescan of everything when there are none."""
+        hints = hints or (Hint(0, b"", Kind.RESCAN),)
+        batch = Batch([Dirty(hint.root, hint.path, hint.kind, 0, number) for number, hint in enumerate(hints)])
+        sent: list[FromSource] = []
+        for _ in range(1000):
+            sent += self.one(batch)
+            if batch.finished:
+                return sent
+        raise AssertionError("the batch never ends")
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Iterator[Source]:
+    made = Source(tmp_path)
+    yield made
+    made.index.close()
+
+
+def paths_of(messages: Iterable[FromSource], kind: type) -> list[bytes]:
+    return [message.path for message in messages if isinstance(message, kind)]
+
+
+def fail(monkeypatch: pytest.MonkeyPatch, bad: bytes) -> None:
+    real = scanner.observe
+
+    def observe(root_path: bytes | int, root: int, path: bytes) -> object:
+        if path == bad:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return real(root_path, root, path)
+
+    monkeypatch.setattr(scanner, "observe", observe)
+
+
+# --- a root that is not there
+
+
+def test_nothing_is_removed_because_the_root_is_missing(source: Source) -> None:
+    (source.tree / "f").write_text("1")
+    source.tell()
+    source.tree.rename(source.tree.with_name("away"))
+    assert source.tell(Hint(0, b"f", Kind.MODIFIED)) == []
+    assert source.planner.absent_roots == {0}
+    source.tree.with_name("away").rename(source.tree)
+    assert paths_of(source.tell(), Remove) == []
+    assert source.planner.absent_roots == set()
+    (source.tree / "f").unlink()
+    assert paths_of(source.tell(Hint(0, b"f", Kind.DELETED)), Remove) == [b"f"]
+
+
+def test_an_unmounted_root_is_known_after_the_index_was_cleared(source: Source) -> None:
+    source.tell()
+    # Filled only later, without a look at the root itself.
+    (source.tree / "f").write_text("1")
+    source.tell(Hint(0, b"f", Kind.CREATED))
+    key = source.planner._device_key(0)
+    assert source.index.get_fact(key) == str(source.tree.stat().st_dev).encode()
+    listed = list(source.index)
+    source.index.set_fact(key, b"1")
+    source.index.set_fact(LINEAGE, b"x")
+    source.index.clear()
+    assert source.index.get_fact(LINEAGE) is None
+    source.index.put_all(listed)
+    (source.tree / "f").unlink()
+    assert paths_of(source.tell(), Remove) == []
+    assert paths_of(source.tell(Hint(0, b"f", Kind.DELETED)), Remove) == []
+    assert source.planner.absent_roots == {0}
+
+
+def test_a_tree_that_was_emptied_is_emptied_there(source: Source) -> None:
+    (source.tree / "f").write_text("1")
+    source.tell()
+    (source.tree / "f").unlink()
+    assert paths_of(source.tell(), Remove) == [b"f"]
+
+
+# --- what cannot be read
+
+
+def test_a_bad_sector_stops_only_its_file(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    bad = source.tree / "bad"
+    bad.write_bytes(os.urandom(200_000))
+    number = bad.stat().st_ino
+    real = planning.delta.Encoder.encode
+    read = planning._digest
+
+    def refuse(file: object) -> None:
+        if os.fstat(file.fileno()).st_ino == number:  # type: ignore[attr-defined]
+            raise OSError(errno.EIO, "Input/output error")
+
+    def encode(self: object, file: object) -> object:
+        refuse(file)
+        return real(self, file)  # type: ignore[arg-type]
+
+    def digest(file: object) -> bytes:
+        refuse(file)
+        return read(file)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(planning.delta.Encoder, "encode", encode)
+    monkeypatch.setattr(planning, "_digest", digest)
+    (source.tree / "other").write_text("2")
+    with pytest.raises(SourceUnreadable):
+        source.tell()
+    assert paths_of(source.tell(), Put) == [b"other"]
+    source.tell(Hint(0, b"bad", Kind.MODIFIED))
+    assert any("Input/output error" in text for text in source.planner.problems.values())
+    monkeypatch.undo()
+    assert source.tell(Hint(0, b"bad", Kind.MODIFIED)) != []
+    assert source.planner.problems == {}
+
+
+def test_an_error_hides_no_later_removal(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    (source.tree / "f").write_text("1")
+    source.tell()
+    fail(monkeypatch, b"f")
+    assert source.tell(Hint(0, b"f", Kind.MODIFIED)) == []
+    assert len(source.planner.problems) == 1
+    monkeypatch.undo()
+    (source.tree / "f").unlink()
+    assert paths_of(source.tell(Hint(0, b"f", Kind.DELETED)), Remove) == [b"f"]
+    assert source.planner.problems == {}
+
+
+def test_a_parent_that_cannot_be_observed_ends_the_attempt(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    source.tell()
+    (source.tree / "d").mkdir()
+    (source.tree / "d" / "f").write_text("1")
+    fail(monkeypatch, b"d")
+    assert source.tell(Hint(0, b"d/f", Kind.CREATED)) == []
+    assert [key[1] for key in source.planner.problems] == [b"d"]
+
+
+def test_what_is_too_long_is_a_problem(source: Source) -> None:
+    here = os.open(source.tree, os.O_RDONLY)
+    for _ in range(20):
+        os.mkdir("d" * 250, dir_fd=here)
+        below = os.open("d" * 250, os.O_RDONLY, dir_fd=here)
+        os.close(here)
+        here = below
+    os.close(here)
+    sent = source.tell()
+    assert max(map(len, paths_of(sent, MakeDir))) <= 4096
+    assert any(text.endswith("longer than 4096 bytes") for text in source.planner.problems.values())
+
+
+def test_attributes_that_fit_into_no_frame_are_left_out(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "_MAX_XATTRS", 50)
+    (source.tree / "f").write_text("1")
+    os.setxattr(source.tree / "f", "user.large", b"x" * 60)
+    sent = source.tell()
+    assert [message.meta.xattrs for message in sent if isinstance(message, Put)] == [[]]
+    assert len(source.planner.problems) == 1
+    assert source.tell(Hint(0, b"f", Kind.ATTRIBUTES)) == []
+    os.removexattr(source.tree / "f", "user.large")
+    source.tell(Hint(0, b"f", Kind.ATTRIBUTES))
+    assert source.planner.problems == {}
+
+
+def test_times_that_64_bits_do_not_hold(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    (source.tree / "f").write_text("1")
+    real = scanner._describe
+
+    def describe(fd: int, root: int, path: bytes) -> object:
+        seen = real(fd, root, path)
+        return planning.replace(seen, mtime_ns=1 << 64, atime_ns=-(1 << 64)) if path == b"f" else seen
+
+    monkeypatch.setattr(scanner, "_describe", describe)
+    (meta,) = [message.meta for message in source.tell() if isinstance(message, Put)]
+    assert (meta.mtime_ns, meta.atime_ns) == ((1 << 63) - 1, -(1 << 63))
+    assert source.tell() == []
+
+
+# --- what differs
+
+
+def test_a_link_broken_with_equal_content_is_sent(source: Source) -> None:
+    (source.tree / "a").write_text("same")
+    os.link(source.tree / "a", source.tree / "b")
+    source.tell()
+    shutil.copy2(source.tree / "b", source.tree.with_name("copy"))
+    source.tree.with_name("copy").rename(source.tree / "b")
+    assert b"b" in paths_of(source.tell(Hint(0, b"b", Kind.MOVED_TO)), Put)
+
+
+def test_a_directory_in_doubt_is_set_again(source: Source) -> None:
+    (source.tree / "d").mkdir()
+    source.tell()
+    (source.tree / "d").chmod(0o700)
+    source.tell(Hint(0, b"d", Kind.ATTRIBUTES))
+    assert (0, b"d") in source.planner.changed
+    assert not source.planner.drastic
+    assert source.tell() == []
+    hints = source.planner.doubt([(0, b"d")])
+    assert paths_of(source.tell(*hints), SetMeta) == [b"d"]
+
+
+def test_a_directory_replaced_is_drastic(source: Source) -> None:
+    (source.tree / "d").mkdir()
+    source.tell()
+    (source.tree / "d").rmdir()
+    (source.tree / "d").write_text("file")
+    sent = source.tell(Hint(0, b"d", Kind.CREATED))
+    assert paths_of(sent, Put) == [b"d"]
+    assert source.planner.drastic
+
+
+def test_a_file_replaced_by_an_excluded_directory_is_removed(tmp_path: Path) -> None:
+    source = Source(tmp_path, exclude=("x/",))
+    (source.tree / "x").write_text("1")
+    source.tell()
+    (source.tree / "x").unlink()
+    (source.tree / "x").mkdir()
+    assert paths_of(source.tell(), Remove) == [b"x"]
+    assert source.tell() == []
+    source.index.close()
+
+
+def test_a_long_walk_is_cut_into_transactions(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(30):
+        (source.tree / str(number)).write_text("1")
+    source.tell()
+    real = scanner.observe
+
+    def slow(root_path: bytes | int, root: int, path: bytes) -> object:
+        time.sleep(0.03)
+        return real(root_path, root, path)
+
+    monkeypatch.setattr(scanner, "observe", slow)
+    batch = Batch([Dirty(0, b"", Kind.RESCAN, 0, 1)])
+    source.one(batch)
+    assert not batch.finished
+
+
+# --- the index and the sender
+
+
+def test_inode_numbers_use_all_64_bits(source: Source) -> None:
+    row = (0, b"f", 1, 0, 0, 0, 0, 0, 0, -1, -2, 1, 0, None, b"\x90", None)
+    source.index.put(_known(row))
+    assert [known.path for known in source.index.by_inode(0, (1 << 64) - 1, (1 << 64) - 2)] == [b"f"]
+
+
+def test_a_damaged_index_is_set_aside(tmp_path: Path) -> None:
+    path = tmp_path / "index.db"
+    path.write_bytes(b"no database at all" * 500)
+    with pytest.raises(IndexDamaged):
+        Index(path)
+    assert set_aside(path).exists()
+    Index(path).close()
+
+
+async def test_a_damaged_index_is_made_anew(pair: Pair) -> None:
+    (pair.local_tree / "a").write_text("1")
+    await pair.own("local", 1)
+    await pair.local.groups["web"].flush(60)
+    await pair.local.stop()
+    (index,) = (pair.base / "local-state").rglob("index.db")
+    index.write_bytes(b"no database at all" * 500)
+    (pair.local_tree / "b").write_text("2")
+    pair.local = type(pair.local)(pair.local.config)
+    await pair.local.start(None)
+    await pair.local.groups["web"].flush(60)
+    assert differences(pair.local_tree, pair.remote_tree) == []
+    assert index.with_name("index.db.damaged").exists()
+
+
+async def test_a_first_session_looks_at_everything(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    await pair.own("local", 1)
+    await pair.local.groups["web"].flush(60)
+    await pair.local.stop()
+    (pair.local_tree / "b").write_text("written while nobody watched")
+    pair.local = type(pair.local)(pair.local.config)
+    group = pair.local.groups["web"]
+    await pair.local.start(None)
+    while not (group._sender and group._sender.in_step):  # noqa: ASYNC110 - looked at as often as possible
+        await asyncio.sleep(0.001)
+    assert (pair.remote_tree / "b").exists()
+
+
+async def test_what_was_taken_is_restored_when_the_rollback_fails(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    await pair.own("local", 1)
+    await pair.local.groups["web"].flush(60)
+    sender = pair.local.groups["web"]._sender
+    assert sender is not None
+    batch = Batch([])
+    restored: list[object] = []
+    monkeypatch.setattr(sender._dirty, "restore", restored.append)
+
+    def broken() -> None:
+        raise sqlite3.OperationalError("disk I/O error")
+
+    monkeypatch.setattr(sender, "_rollback", broken)
+    sender._batches = [batch]
+    with pytest.raises(sqlite3.OperationalError):
+        await sender._give_back()
+    assert restored == [batch.items]
+    monkeypatch.undo()
+
+
+async def test_a_replicas_entries_are_checked(pair: Pair) -> None:
+    await pair.own("local", 1)
+    await pair.local.groups["web"].flush(60)
+    sender = pair.local.groups["web"]._sender
+    assert sender is not None
+    meta = Meta(0o644, 0, 0, 0, 1 << 63, [])
+    good = Entry(0, b"a", int(FileKind.FILE), meta, 1, 1, 0, None, None)
+    assert sender._known(good).mtime_ns == (1 << 63) - 1
+    for path in (b"../a", b"/a", b"a//b"):
+        with pytest.raises(ProtocolError):
+            sender._known(Entry(0, path, int(FileKind.FILE), meta, 1, 1, 0, None, None))
+    with pytest.raises(ProtocolError):
+        sender._known(Entry(0, b"a", int(FileKind.FILE), meta, 1 << 63, 1, 0, None, None))
+
+
+async def test_a_missing_root_empties_no_replica(pair: Pair) -> None:
+    (pair.local_tree / "d").mkdir()
+    (pair.local_tree / "d" / "f").write_text("precious")
+    await pair.own("local", 1)
+    group = pair.local.groups["web"]
+    await group.flush(60)
+    await pair.remote.stop()
+    (pair.local_tree / "d" / "f").touch()
+    pair.local_tree.rename(pair.base / "away")
+    pair.remote = type(pair.remote)(pair.remote.config)
+    await pair.remote.start(None)
+    with pytest.raises(NotInTime):
+        await group.flush(2)
+    assert (pair.remote_tree / "d" / "f").read_text() == "precious"
