@@ -355,3 +355,13 @@ async def test_roles_change_while_a_path_is_missing(pair: Pair) -> None:
         await group.pause()
     await group.set_owner("remote", 2, False)
     assert (await pair.local.status()).groups["web"].owner == "remote"
+
+
+async def test_a_protected_path_that_is_a_link_to_a_file_is_a_problem(pair: Pair) -> None:
+    pair.local_tree.rmdir()
+    (pair.base / "elsewhere").write_text("x")
+    pair.local_tree.symlink_to(pair.base / "elsewhere")
+    await pair.own("local", 1)
+    with pytest.raises(NotInTime, match="symbolic link"):
+        await pair.local.groups["web"].flush(5)
+    assert not pair.remote_tree.exists()

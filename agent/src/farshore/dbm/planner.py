@@ -317,10 +317,12 @@ class Planner:
         return self._is_empty(seen.root)
 
     def _has_root(self, root: int) -> bool:
-        """False when the root itself is missing: that says nothing about what is wanted below it."""
+        """False when the root itself is missing or unusable: that says nothing about what is wanted below it."""
         seen = self._observe(root, b"")
         if seen is None:
             self._absent(root, "the protected path is missing")
+        elif seen.kind is FileKind.SYMLINK:
+            self._absent(root, "a symbolic link that leads to no directory; protect what it leads to")
         elif self._looks_unmounted(seen):
             self._absent(root, "empty, and on another filesystem than before; is it not mounted?")
         else:

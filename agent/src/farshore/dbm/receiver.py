@@ -423,19 +423,6 @@ def _metadata_size(operation: Operation) -> int:
     return size
 
 
-def _metadata_size(operation: Operation) -> int:
-    """About what an operation takes in memory without its content."""
-    size = 200 + len(operation.path)
-    match operation:
-        case MakeSymlink(target=target):
-            size += len(target)
-        case Link(to=to) | Move(to=to):
-            size += len(to)
-    if not isinstance(operation, (Link, Move, Remove)):
-        size += sum(100 + len(name) + len(value) for name, value in operation.meta.xattrs)
-    return size
-
-
 async def serve(
     reader: asyncio.StreamReader,
     writer: asyncio.StreamWriter,

@@ -59,7 +59,9 @@ class Tree:
     """
 
     def __init__(self, root: bytes, patterns: Root) -> None:
-        self.root = os.path.realpath(root) if os.path.isdir(root) else root.rstrip(b"/")
+        self.root = root.rstrip(b"/")
+        if os.path.islink(self.root) and os.path.isdir(self.root):
+            self.root = os.path.realpath(self.root)
         self._filter = Filter(patterns)
         self._handles = Handles(self.root)
         #: Metadata that could not be kept since the last look, by cause.
@@ -339,7 +341,7 @@ class Tree:
                     status = os.fstat(source)
                     sparse = status.st_blocks * 512 < status.st_size
                     while block := reader.read(_READ):
-                        if sparse and not any(block):
+                        if sparse and not block.strip(b"\0"):
                             writer.seek(len(block), os.SEEK_CUR)
                         else:
                             writer.write(block)
