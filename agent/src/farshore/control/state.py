@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +9,7 @@ from typing import Literal, get_args
 
 import msgspec
 
+from farshore import durable
 from farshore.config import Side
 from farshore.errors import StateError
 
@@ -69,16 +68,7 @@ class StateStore:
 
     def open(self) -> None:
         """Make the directory and take its lock; raises StateError when another monitor has it."""
-        try:
-            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            raise StateError(self.path, error.strerror or str(error)) from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self.close()
-            raise StateError(self.path, "another farshore-monitor is running on it") from None
+        self._lock = durable.lock(self.path, "another farshore-monitor is running on it")
 
     def close(self) -> None:
         """Release the lock."""
@@ -110,23 +100,4 @@ class StateStore:
     def save(self, state: GroupState) -> None:
         """Make ``state`` durable: after a crash the file holds the old state or this one; raises StateError."""
         body = msgspec.json.format(msgspec.json.encode(_File(1, state))) + b"\n"
-        path = self.path / f"{state.group}.json"
-        temporary = self.path / f".{state.group}.json.new"
-        try:
-            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-            try:
-                with open(fd, "wb", closefd=False) as file:
-                    file.write(body)
-                os.fsync(fd)
-            finally:
-                os.close(fd)
-            os.rename(temporary, path)
-            directory = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                os.fsync(directory)
-            finally:
-                os.close(directory)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            raise StateError(path, error.strerror or str(error)) from error
+        durable.write(self.path / f"{state.group}.json", body)

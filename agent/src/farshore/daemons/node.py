@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import fcntl
 import os
 import signal
 import ssl
@@ -13,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from farshore import __version__, log, notify, tls
+from farshore import __version__, durable, log, notify, tls
 from farshore.config import NodeConfig, load
 from farshore.control import api, client, server
 from farshore.dbm import receiver, wire
@@ -51,7 +50,7 @@ class Node:
 
     async def start(self, socket_path: Path | None) -> None:
         """Listen on TLS and, if given, on the control socket; raises StateError when another node has the state."""
-        self._lock = _lock_state(self.config.state_dir)
+        self._lock = durable.lock(self.config.state_dir, "another process uses it")
         listen = self.config.listen
         try:
             tls_server = await asyncio.start_server(
@@ -180,18 +179,6 @@ class Node:
         if not owned:
             raise UsageError(f"{self.config.node} owns no group")
         return owned
-
-
-def _lock_state(state: Path) -> int:
-    """One writer per state directory; the lock goes with the process."""
-    state.mkdir(parents=True, exist_ok=True, mode=0o700)
-    handle = os.open(state / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(handle)
-        raise StateError(str(state), "another process uses it") from None
-    return handle
 
 
 async def run(config: NodeConfig) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from farshore import durable
 from farshore.config import Side
 from farshore.errors import StateError
 
@@ -51,20 +51,5 @@ def load(path: Path) -> Record:
 
 
 def store(path: Path, record: Record) -> None:
-    """Replace the record durably: after a crash it is the old one or the new one."""
-    write_durably(path, json.dumps(asdict(record) | {"version": _VERSION}).encode())
-
-
-def write_durably(path: Path, data: bytes) -> None:
-    """Write a small file so that after a crash it holds either what it held or ``data``."""
-    temporary = path.with_name(path.name + ".new")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.rename(temporary, path)
-    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    """Replace the record durably: after a crash it is the old one or the new one. Raises StateError."""
+    durable.write(path, json.dumps(asdict(record) | {"version": _VERSION}).encode())

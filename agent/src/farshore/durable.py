@@ -1,0 +1,51 @@
+"""Small state that must survive a crash: a file replaced as a whole, a directory with one writer."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from pathlib import Path
+
+from farshore.errors import StateError
+
+
+def write(path: Path, data: bytes) -> None:
+    """Replace ``path``: after a crash it holds either what it held or ``data``. Raises StateError."""
+    temporary = path.with_name(f".{path.name}.new")
+    try:
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        try:
+            with open(fd, "wb", closefd=False) as file:
+                file.write(data)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        os.rename(temporary, path)
+        directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise StateError(path, error.strerror or str(error)) from error
+
+
+def lock(directory: Path, taken: str) -> int:
+    """Make ``directory`` and be its only writer; returns the descriptor that holds the lock while it is open.
+
+    Raises StateError, with ``taken`` as the reason when another process holds it.
+    """
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        handle = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise StateError(directory, error.strerror or str(error)) from error
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        raise StateError(directory, taken) from None
+    return handle
