@@ -78,7 +78,6 @@ class Group:
         self._confirmed = False
         self._paused = False
         self._fenced_by = 0
-        self._received = 0
         self._replica_problems: dict[str, None] = {}
         self._kept_aside = 0
 
@@ -424,10 +423,6 @@ class Group:
         """Raises StaleEpoch when this node is not the replica of a source at ``epoch``."""
         if epoch != self._record.epoch or self.owns:
             raise StaleEpoch(self.name, epoch, self._record.epoch)
-
-    def received(self, size: int) -> None:
-        """Count what was committed."""
-        self._received += size
 
     def in_step(self) -> None:
         """The source has sent everything: this tree can stand in for it."""

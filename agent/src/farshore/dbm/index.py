@@ -142,7 +142,6 @@ class Index:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
         try:
             self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         except sqlite3.Error as error:

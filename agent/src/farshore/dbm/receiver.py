@@ -82,9 +82,6 @@ class Gate(Protocol):
     def check_epoch(self, epoch: int) -> None:
         """Raises StaleEpoch when this node is not the replica of a source at ``epoch``."""
 
-    def received(self, size: int) -> None:
-        """A transaction of ``size`` bytes was committed."""
-
     def in_step(self) -> None:
         """The source said that everything was sent."""
 
@@ -98,7 +95,6 @@ class _Transaction:
     operations: list[Operation] = field(default_factory=list)
     staged: dict[int, Staged] = field(default_factory=dict)
     failure: Nak | None = None
-    size: int = 0
     metadata: int = 0
 
 
@@ -258,7 +254,6 @@ class Applier:
                 finally:
                     os.close(handle)
                 transaction.staged[len(transaction.operations) - 1] = staged
-                transaction.size += len(operation.data)
         if isinstance(operation, Patch):
             self._begin_patch(operation, tree)
 
@@ -281,7 +276,6 @@ class Applier:
 
     def _chunk(self, chunk: Chunk) -> None:
         transaction = self._transaction()
-        transaction.size += len(chunk.data)
         if self._patch is None:
             if transaction.failure is None:
                 raise ProtocolError("the source", "a chunk that belongs to nothing")
@@ -437,7 +431,7 @@ async def serve(
     """
     loop = asyncio.get_running_loop()
     block: list[FromSource] = []
-    size = received = epoch = 0
+    size = epoch = 0
     try:
         while (message := await CODEC.read(reader, peer)) is not None:
             match message:
@@ -458,16 +452,13 @@ async def serve(
                     if not (isinstance(message, Commit) or len(block) >= _BLOCK_MESSAGES or size >= _BLOCK_BYTES):
                         continue
                     gate.check_epoch(epoch)
-                    received += size
                     taken, block, size = block, [], 0
                     for answer in await loop.run_in_executor(worker, applier.handle, taken):
                         writer.write(CODEC.encode(answer))
                         if isinstance(answer, Ack):
-                            gate.received(received)
                             gate.problem(answer.problems)
                         else:
                             _log.warning("transaction refused", peer=peer, path=answer.path, reason=answer.reason)
-                        received = 0
             await writer.drain()
     except StaleEpoch as error:
         writer.write(CODEC.encode(Refused(str(error), True, error.args[2])))
