@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import random
 from collections.abc import Callable, Iterator
 
 from hypothesis import HealthCheck, settings
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from farshore.delta import Applier, BytesReader, Encoder, Signature, sign
 
-BLOCK_SIZES = (16, 17, 32, 61, 64, 100, 256)
+BLOCK_SIZES = (1024, 2048, 4096)
 
 
 def examples(count: int = 100) -> settings:
@@ -60,19 +61,33 @@ def applied(base: bytes, delta: bytes, pieces: tuple[int, ...] = (1 << 30,)) -> 
     return bytes(out)
 
 
-def contents(most: int = 2000) -> st.SearchStrategy[bytes]:
+def contents(most: int = 12_000) -> st.SearchStrategy[bytes]:
     """Random content, and content that repeats itself in every way that comes to mind."""
 
     def repeat(parts: tuple[bytes, int]) -> bytes:
         unit, length = parts
         return (unit * (length // len(unit) + 1))[:length]
 
-    periodic = st.tuples(st.binary(min_size=1, max_size=40), st.integers(0, most)).map(repeat)
-    few_letters = st.text("ab", max_size=most // 2).map(str.encode)
-    seeded = st.tuples(st.randoms(use_true_random=False), st.integers(0, most)).map(
-        lambda pair: pair[0].randbytes(pair[1])
+    def scatter(seed: int, length: int) -> bytes:
+        return random.Random(seed).randbytes(length)
+
+    def few_letters(seed: int, length: int) -> bytes:
+        return bytes(random.Random(seed).choices(b"ab", k=length))
+
+    def few_blocks(seed: int, choice: list[int]) -> bytes:
+        kinds = [scatter(seed, 1024), bytes(1024), b"x" * 1024, b"ab" * 512]
+        return b"".join(kinds[i] for i in choice)
+
+    seeds, lengths = st.integers(0, 2**32), st.integers(0, most)
+    periodic = st.tuples(st.binary(min_size=1, max_size=40), lengths).map(repeat)
+    choices = st.lists(st.integers(0, 3), max_size=most // 1024)
+    return st.one_of(
+        st.builds(scatter, seeds, lengths),
+        periodic,
+        st.builds(few_letters, seeds, lengths),
+        st.builds(few_blocks, seeds, choices),
+        st.binary(max_size=100),
     )
-    return st.one_of(seeded, periodic, few_letters, st.binary(max_size=most))
 
 
 Edit = Callable[[bytes], bytes]
@@ -85,8 +100,8 @@ def edits(draw: st.DrawFn) -> Edit:
     kind = draw(st.sampled_from(kinds))
     where = draw(st.floats(0, 1))
     there = draw(st.floats(0, 1))
-    length = draw(st.integers(0, 300))
-    fresh = draw(st.randoms(use_true_random=False)).randbytes(length)
+    length = draw(st.one_of(st.integers(0, 30), st.integers(0, 3000)))
+    fresh = random.Random(draw(st.integers(0, 2**32))).randbytes(length)
 
     def edit(data: bytes) -> bytes:
         at, to = int(where * len(data)), int(there * len(data))

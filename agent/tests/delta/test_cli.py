@@ -67,11 +67,11 @@ def test_the_old_file_can_be_replaced_in_place(files: Path) -> None:
 
 
 def test_stats_are_json(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run("signature", "--block-size", 512, "--stats", files / "old", files / "sig")
+    run("signature", "--block-size", 2048, "--stats", files / "old", files / "sig")
     shown = json.loads(capsys.readouterr().out)
     assert shown["command"] == "signature"
-    assert shown["block_size"] == 512
-    assert shown["blocks"] == 391
+    assert shown["block_size"] == 2048
+    assert shown["blocks"] == 98
     assert shown["signature_bytes"] == (files / "sig").stat().st_size
     run("encode", "--stats", files / "sig", files / "new", files / "delta")
     shown = json.loads(capsys.readouterr().out)
@@ -107,6 +107,8 @@ def test_errors_name_the_file(files: Path) -> None:
         run("encode", files / "old", files / "new", files / "delta")
     with pytest.raises(UsageError, match="--block-size 5"):
         run("signature", "--block-size", 5, files / "old", files / "sig")
+    with pytest.raises(UsageError, match=r"--block-size 3000: .* powers of two from 1024 to 1048576"):
+        run("signature", "--block-size", 3000, files / "old", files / "sig")
     with pytest.raises(UsageError, match="BASE"):
         run("apply", "-", files / "delta", files / "out")
     with pytest.raises(UsageError, match="stdin"):

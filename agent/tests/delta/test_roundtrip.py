@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import random
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from blake3 import blake3
@@ -12,9 +14,14 @@ from hypothesis import strategies as st
 
 from farshore.delta import (
     BLOCK_SIZE,
+    COPY_PIECE,
+    MAX_BLOCK_SIZE,
+    Applier,
+    BytesReader,
     Encoder,
     apply_bytes,
     encode_bytes,
+    preferred_block_size,
     reference,
     sign,
 )
@@ -33,11 +40,11 @@ from .support import (
 )
 
 sizes = st.sampled_from(BLOCK_SIZES)
-pieces = st.lists(st.integers(1, 300), min_size=1, max_size=5).map(tuple)
+pieces = st.lists(st.integers(1, 2000), min_size=1, max_size=5).map(tuple)
 
 
 @examples(300)
-@given(pairs(), sizes, st.integers(1, 3000), st.booleans(), pieces, pieces)
+@given(pairs(), sizes, st.integers(1, 20_000), st.booleans(), pieces, pieces)
 def test_any_change_survives_any_chunking(
     pair: tuple[bytes, bytes],
     size: int,
@@ -63,7 +70,7 @@ def test_any_change_survives_any_chunking(
 
 
 @examples(250)
-@given(pairs(), sizes, st.integers(1, 3000))
+@given(pairs(), sizes, st.integers(1, 20_000))
 def test_literals_are_as_few_as_the_references(pair: tuple[bytes, bytes], size: int, window: int) -> None:
     old, new = pair
     encoder = small_windows(window)(signed(old, size))
@@ -101,7 +108,7 @@ def test_signature_is_the_references(data: bytes, size: int) -> None:
 
 
 @examples()
-@given(contents(), sizes, st.integers(1, 500))
+@given(contents(), sizes, st.integers(1, 20_000))
 def test_without_a_base_all_is_literal(data: bytes, size: int, window: int) -> None:
     encoder = small_windows(window)(None, block_size=size)
     delta = b"".join(encoder.encode(io.BytesIO(data)))
@@ -111,7 +118,7 @@ def test_without_a_base_all_is_literal(data: bytes, size: int, window: int) -> N
 
 
 @examples()
-@given(contents(), sizes, st.integers(1, 3000))
+@given(contents(), sizes, st.integers(1, 20_000))
 def test_unchanged_content_costs_one_copy(data: bytes, size: int, window: int) -> None:
     encoder = small_windows(window)(signed(data, size))
     delta = b"".join(encoder.encode(io.BytesIO(data)))
@@ -121,10 +128,11 @@ def test_unchanged_content_costs_one_copy(data: bytes, size: int, window: int) -
 
 
 @examples()
-@given(st.randoms(use_true_random=False), st.integers(0, 1000), st.integers(1, 300))
-def test_what_is_appended_is_all_that_is_sent(rng: random.Random, length: int, more: int) -> None:
+@given(st.integers(0, 2**32), st.integers(0, 10_000), st.integers(1, 3000))
+def test_what_is_appended_is_all_that_is_sent(seed: int, length: int, more: int) -> None:
+    rng = random.Random(seed)
     data, added = rng.randbytes(length), rng.randbytes(more)
-    encoder = small_windows(512)(signed(data, 64))
+    encoder = small_windows(4096)(signed(data, 1024))
     delta = b"".join(encoder.encode(io.BytesIO(data + added)))
     assert encoder.stats.literal_bytes <= more
     assert applied(data, delta) == data + added
@@ -181,17 +189,81 @@ def test_the_new_signature_serves_for_the_next_delta() -> None:
         content, signature = changed, encoder.signature
 
 
+def test_the_sink_can_tell_what_comes_from_the_base() -> None:
+    rng = random.Random(5)
+    old = rng.randbytes(3 * MIB)
+    new = b"in front" + old[: 2 * MIB + 5] + rng.randbytes(9000) + old[2 * MIB + 5 :]
+    out = bytearray()
+    copied: list[tuple[int, int, int]] = []
+
+    def copy(offset: int, piece: bytes) -> None:
+        assert len(piece) <= COPY_PIECE
+        assert piece == old[offset : offset + len(piece)]
+        copied.append((len(out), offset, len(piece)))
+        out.extend(piece)
+
+    applier = Applier(BytesReader(old), out.extend, copy=copy)
+    encoder = Encoder(signed(old, BLOCK_SIZE))
+    for chunk in encoder.encode(io.BytesIO(new)):
+        applier.feed(chunk)
+    assert applier.finish().digest == blake3(new).digest()
+    assert bytes(out) == new
+    assert sum(length for _, _, length in copied) == encoder.stats.copied_bytes > 2 * MIB
+
+
+def extents(*parts: tuple[int, int]) -> Callable[[Path], bytes]:
+    """Return what makes a sparse file with data at these offsets, of these lengths."""
+
+    def make(path: Path) -> bytes:
+        with path.open("wb") as file:
+            for offset, length in parts:
+                file.seek(offset)
+                file.write(random.Random(offset).randbytes(length))
+            file.truncate(max(offset + length for offset, length in parts))
+        return path.read_bytes()
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        extents((9 * MIB + 5, 0)),
+        extents((0, 5000), (9 * MIB, 0)),
+        extents((3 * MIB + 1, 100_000), (6 * MIB, 4096), (9 * MIB, 7)),
+    ],
+)
+def test_sparse_files_are_read_without_their_holes(tmp_path: Path, make: Callable[[Path], bytes]) -> None:
+    data = make(tmp_path / "sparse")
+    with (tmp_path / "sparse").open("rb", buffering=0) as file:
+        signature = sign(file)
+        file.seek(0)
+        encoder = Encoder(signed(data[MIB:], BLOCK_SIZE))
+        delta = b"".join(encoder.encode(file))
+    assert signature == signed(data, BLOCK_SIZE)
+    assert applied(data[MIB:], delta) == data
+    assert encoder.digest == signature.digest
+
+
+def test_large_content_has_larger_blocks() -> None:
+    assert preferred_block_size(0) == preferred_block_size(16 << 30) == BLOCK_SIZE
+    assert preferred_block_size(64 << 30) == 128 << 10
+    assert preferred_block_size(1 << 60) == MAX_BLOCK_SIZE
+
+
 def test_encoder_rejects_block_sizes_that_cannot_be() -> None:
-    with pytest.raises(ValueError, match="block size 15"):
-        Encoder(None, block_size=15)
-    with pytest.raises(ValueError, match="block size 64"):
-        Encoder(signed(b"x", 32), block_size=64)
+    for size in (15, 512, 1023, 1025, 3072, 1 << 21):
+        with pytest.raises(ValueError, match=f"block size {size}: allowed are powers of two from 1024"):
+            Encoder(None, block_size=size)
+    with pytest.raises(ValueError, match="block size 2048"):
+        Encoder(signed(b"x", 1024), block_size=2048)
     with pytest.raises(ValueError, match="block size"):
         sign(io.BytesIO(b""), 1 << 21)
 
 
 def test_an_encoder_can_be_used_again() -> None:
-    encoder = Encoder(signed(b"a" * 1000, 16))
-    first = b"".join(encoder.encode(io.BytesIO(b"b" + b"a" * 1000)))
-    assert b"".join(encoder.encode(io.BytesIO(b"b" + b"a" * 1000))) == first
-    assert encode_bytes(signed(b"a" * 1000, 16), b"b" + b"a" * 1000) == first
+    base, new = signed(b"a" * 9000, 1024), b"b" + b"a" * 9000
+    encoder = Encoder(base)
+    first = b"".join(encoder.encode(io.BytesIO(new)))
+    assert b"".join(encoder.encode(io.BytesIO(new))) == first
+    assert encode_bytes(base, new) == first

@@ -36,7 +36,7 @@ def add_parser(subparsers: Any) -> None:
         "--block-size",
         type=int,
         metavar="BYTES",
-        help="16 to 1048576; default: 4096, larger for files of many GiB",
+        help="a power of two from 1024 to 1048576; default: 4096, larger for files over 16 GiB",
     )
     _finish(command, _signature)
 
@@ -63,12 +63,15 @@ def _finish(command: argparse.ArgumentParser, handler: Any) -> None:
 
 
 def _signature(arguments: argparse.Namespace) -> int:
-    from farshore.delta import MAX_BLOCK_SIZE, MIN_BLOCK_SIZE, sign
+    from farshore.delta import check_block_size, sign
     from farshore.errors import UsageError
 
     size = arguments.block_size
-    if size is not None and not MIN_BLOCK_SIZE <= size <= MAX_BLOCK_SIZE:
-        raise UsageError(f"--block-size {size}: allowed are {MIN_BLOCK_SIZE} to {MAX_BLOCK_SIZE}")
+    if size is not None:
+        try:
+            check_block_size(size)
+        except ValueError as error:
+            raise UsageError(f"--{error}".replace("block size", "block-size")) from None
     started = time.monotonic()
     with _files(), _reading(arguments.base) as base, _writing(arguments.signature) as out:
         length = os.fstat(base.fileno()).st_size

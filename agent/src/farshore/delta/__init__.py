@@ -13,7 +13,7 @@ windows and never mapped, because other processes may truncate it at any moment.
 
 from __future__ import annotations
 
-from farshore.delta.apply import Applied, Applier, BytesReader, FdReader, RandomReader
+from farshore.delta.apply import COPY_PIECE, Applied, Applier, BytesReader, FdReader, RandomReader
 from farshore.delta.encode import DeltaStats, Encoder, encode_bytes
 from farshore.delta.errors import DeltaCorrupt, DeltaFileError, SignatureCorrupt
 from farshore.delta.format import MAX_BLOCK_SIZE, MIN_BLOCK_SIZE, DeltaHeader, parse_header
@@ -21,12 +21,14 @@ from farshore.delta.signature import (
     BLOCK_SIZE,
     BinaryReader,
     Signature,
+    check_block_size,
     preferred_block_size,
     sign,
 )
 
 __all__ = [
     "BLOCK_SIZE",
+    "COPY_PIECE",
     "MAX_BLOCK_SIZE",
     "MIN_BLOCK_SIZE",
     "Applied",
@@ -43,6 +45,7 @@ __all__ = [
     "Signature",
     "SignatureCorrupt",
     "apply_bytes",
+    "check_block_size",
     "encode_bytes",
     "parse_header",
     "preferred_block_size",

@@ -66,6 +66,11 @@ class Applier:
     keeps it where nobody takes it for the real thing. Memory stays below a few MiB, whatever
     the delta says. `limit`, in bytes, bounds what a delta may produce; a few bytes of it can
     otherwise ask for any amount. After an error every further call raises DeltaCorrupt.
+
+    `copy`, if given, is called as ``copy(base_offset, piece)`` in place of ``write(piece)`` for
+    what comes from the base, in pieces of at most COPY_PIECE bytes; a destination that shares
+    the base's blocks already need not write them again. The calls of both together are in the
+    order of the new content.
     """
 
     def __init__(
@@ -74,9 +79,11 @@ class Applier:
         write: Callable[[bytes | memoryview], object],
         *,
         limit: int | None = None,
+        copy: Callable[[int, bytes], object] | None = None,
     ) -> None:
         self._base = base
         self._write = write
+        self._write_copy = copy
         self._limit = limit
         self._pending = bytearray()
         self._step: Callable[[memoryview], int] = self._read_header
@@ -178,7 +185,8 @@ class Applier:
 
     def _read_literal(self, view: memoryview) -> int:
         part = view[: self._literal_left]
-        self._emit(part)
+        self._count(part)
+        self._write(part)
         self._literal_left -= len(part)
         if not self._literal_left:
             self._step = self._read_instruction
@@ -211,14 +219,17 @@ class Applier:
             piece = self._base.pread(offset, min(length, COPY_PIECE))
             if not piece:
                 raise DeltaCorrupt(f"the base ends at {offset}")
-            self._emit(piece)
+            self._count(piece)
+            if self._write_copy is None:
+                self._write(piece)
+            else:
+                self._write_copy(offset, piece)
             offset += len(piece)
             length -= len(piece)
 
-    def _emit(self, piece: bytes | memoryview) -> None:
+    def _count(self, piece: bytes | memoryview) -> None:
         self._whole.update(piece)
         self._length += len(piece)
-        self._write(piece)
 
 
 def _varint(view: memoryview, start: int) -> tuple[int, int] | None:

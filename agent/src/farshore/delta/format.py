@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from farshore.delta.errors import DeltaCorrupt
 
-MIN_BLOCK_SIZE = 16
+MIN_BLOCK_SIZE = 1024
 MAX_BLOCK_SIZE = 1 << 20
 STRONG_BYTES = 16
 DIGEST_BYTES = 32
@@ -36,6 +36,12 @@ END = b"\0"
 HEADER = struct.Struct("<4sBBHI")
 BASE = struct.Struct(f"<Q{DIGEST_BYTES}s")
 TRAILER = struct.Struct(f"<Q{DIGEST_BYTES}s")
+
+
+def is_block_size(block_size: int) -> bool:
+    """Tell whether blocks can have that size: a power of two, so that each is a whole subtree of
+    BLAKE3's tree of 1 KiB chunks."""
+    return MIN_BLOCK_SIZE <= block_size <= MAX_BLOCK_SIZE and block_size & (block_size - 1) == 0
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,7 @@ def header_size(start: bytes | bytearray | memoryview) -> int:
         raise DeltaCorrupt(f"version {version} is not known, only {VERSION}")
     if flags & ~FLAG_BASE or zero:
         raise DeltaCorrupt("unknown flags")
-    if not MIN_BLOCK_SIZE <= block_size <= MAX_BLOCK_SIZE:
+    if not is_block_size(block_size):
         raise DeltaCorrupt(f"block size {block_size}")
     return HEADER.size + (BASE.size if flags & FLAG_BASE else 0)
 

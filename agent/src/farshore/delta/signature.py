@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import io
+import os
+import stat
 import struct
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -11,20 +15,30 @@ from blake3 import blake3
 
 from farshore.delta import kernels
 from farshore.delta.errors import SignatureCorrupt
-from farshore.delta.format import DIGEST_BYTES, MAX_BLOCK_SIZE, MIN_BLOCK_SIZE, STRONG_BYTES
+from farshore.delta.format import DIGEST_BYTES, MAX_BLOCK_SIZE, MIN_BLOCK_SIZE, STRONG_BYTES, is_block_size
+from farshore.delta.vectors import LANES
 
 BLOCK_SIZE = 4096
 
-# Above this many blocks the block size grows instead: a signature then stays below 80 MiB.
-PREFERRED_BLOCKS = 1 << 22
+# Content of more bytes than this has larger blocks, no more than so many of them: its signature
+# takes 10 MiB, an index for the scan not much more.
+LARGE = 16 << 30
+LARGE_BLOCKS = 1 << 19
 
-# How much content is looked at at a time.
-WINDOW = 4 << 20
+# How much content is looked at at a time: what stays in a cache between reading and hashing, but
+# enough to make light of what each window costs by itself.
+WINDOW = 2 << 20
+
+_ZEROS = memoryview(bytes(1 << 20))
 
 MAGIC = b"FSSG"
-VERSION = 1
+VERSION = 2
 _HEADER = struct.Struct(f"<4sBBHIQ{DIGEST_BYTES}s")
 _CHECK_BYTES = 16
+
+
+Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+Sums = np.ndarray[Any, np.dtype[np.uint32]]
 
 
 class BinaryReader(Protocol):
@@ -37,13 +51,19 @@ class BinaryReader(Protocol):
 class Signature:
     """Checksums of content cut into blocks of `block_size`, the last of which may be shorter.
 
-    `weak`: uint32, one per block, the paper's s(k, l); `strong`: 16 bytes per block, BLAKE3 of
-    the block cut to 128 bits; `digest`: BLAKE3-256 of the whole; `length`: in bytes.
+    `weak`: uint32, one per block, the paper's s(k, l); `strong`: 16 bytes per block, see below;
+    `digest`: BLAKE3-256 of the whole; `length`: in bytes.
+
+    The strong checksum of a block is the chaining value, cut to 128 bits, of the subtree that
+    covers it in the BLAKE3 tree of the whole content (never the root's, also where there is but
+    one block). So one pass gives both these and the digest; and so equal blocks at different
+    places have different strong checksums: to compare a block with the base's number k one hashes
+    it as number k.
     """
 
     block_size: int
     length: int
-    weak: np.ndarray[Any, np.dtype[np.uint32]]
+    weak: Sums
     strong: bytes
     digest: bytes
 
@@ -71,8 +91,11 @@ class Signature:
     def to_bytes(self) -> bytes:
         """Return the signature as a file: a header, the weak sums, the strong ones, a check."""
         header = _HEADER.pack(MAGIC, VERSION, STRONG_BYTES, 0, self.block_size, self.length, self.digest)
-        body = header + self.weak.astype("<u4", copy=False).tobytes() + self.strong
-        return body + blake3(body).digest(_CHECK_BYTES)
+        parts = (header, self.weak.astype("<u4", copy=False).tobytes(), self.strong)
+        check = blake3()
+        for part in parts:
+            check.update(part)
+        return b"".join((*parts, check.digest(_CHECK_BYTES)))
 
     @classmethod
     def from_bytes(cls, data: bytes | bytearray | memoryview) -> Signature:
@@ -90,7 +113,7 @@ class Signature:
             raise SignatureCorrupt(f"version {version} is not known, only {VERSION}")
         if strong_bytes != STRONG_BYTES or zero:
             raise SignatureCorrupt("unknown parameters")
-        if not MIN_BLOCK_SIZE <= block_size <= MAX_BLOCK_SIZE:
+        if not is_block_size(block_size):
             raise SignatureCorrupt(f"block size {block_size}")
         blocks = -(-length // block_size)
         weak_end = _HEADER.size + 4 * blocks
@@ -104,18 +127,21 @@ class Signature:
 
 
 def preferred_block_size(length: int) -> int:
-    """Return the block size for content of `length` bytes: BLOCK_SIZE, and for very large
-    content the power of two that keeps it within PREFERRED_BLOCKS blocks."""
+    """Return the block size for content of `length` bytes: BLOCK_SIZE, and for content larger
+    than LARGE the power of two that keeps it within LARGE_BLOCKS blocks."""
     size = BLOCK_SIZE
-    while size < MAX_BLOCK_SIZE and length > size * PREFERRED_BLOCKS:
-        size *= 2
+    if length > LARGE:
+        while size < MAX_BLOCK_SIZE and length > size * LARGE_BLOCKS:
+            size *= 2
     return size
 
 
 def check_block_size(block_size: int) -> int:
-    """Return `block_size`; raise ValueError unless it is within MIN_ and MAX_BLOCK_SIZE."""
-    if not MIN_BLOCK_SIZE <= block_size <= MAX_BLOCK_SIZE:
-        raise ValueError(f"block size {block_size}: allowed are {MIN_BLOCK_SIZE} to {MAX_BLOCK_SIZE}")
+    """Return `block_size`; raise ValueError unless it is one that blocks can have."""
+    if not is_block_size(block_size):
+        raise ValueError(
+            f"block size {block_size}: allowed are powers of two from {MIN_BLOCK_SIZE} to {MAX_BLOCK_SIZE}"
+        )
     return block_size
 
 
@@ -128,63 +154,134 @@ def sign(source: BinaryReader, block_size: int | None = None, *, length_hint: in
     size = preferred_block_size(length_hint or 0) if block_size is None else check_block_size(block_size)
     span = window_span(size)
     window = np.empty(span, np.uint8)
-    view = window.data
-    whole = blake3()
-    signer = BlockSigner(size)
-    length = 0
+    signer = BlockSigner(size, span)
+    source = skipping_holes(source)
     while True:
-        got = read_full(source, view)
-        whole.update(view[:got])
+        got = read_full(source, window.data)
         signer.add(window, 0, got)
-        length += got
         if got < span:
-            return signer.finish(length, whole.digest())
+            return signer.finish()
 
 
 class BlockSigner:
-    """Collects the checksums of content that arrives in windows of whole blocks; only the last
-    window may end with a shorter block."""
+    """Collects the checksums of content that arrives in windows of `span` bytes, a power of two
+    of whole blocks; only the last window may be shorter.
 
-    def __init__(self, block_size: int) -> None:
+    `keep` false: only the digest is kept.
+    """
+
+    def __init__(self, block_size: int, span: int, *, keep: bool = True) -> None:
         self._size = block_size
-        self._weak: list[np.ndarray[Any, np.dtype[np.uint32]]] = []
+        self._shift = chunk_shift(block_size)
+        self._keep = keep
+        blocks = span // block_size
+        self._sums = np.empty(blocks, np.uint32)
+        self._cvs = np.empty((blocks + LANES, 8), np.uint32)
+        self._scratch = kernels.make_scratch(block_size)
+        self._weak: list[Sums] = []
         self._strong: list[bytes] = []
+        # Of each window the two halves of its tree, or the one block that it has.
+        self._tops: list[bytes] = []
+        self._only = blake3(b"").digest()
+        self.length = 0
 
-    def add(
-        self, data: np.ndarray[Any, np.dtype[np.uint8]], start: int, count: int
-    ) -> tuple[np.ndarray[Any, np.dtype[np.uint32]], bytes]:
-        """Sign the `count` bytes from `start`; return their weak and strong checksums."""
-        weak = weak_sums(data, start, count, self._size)
-        strong = strong_sums(data.data[start : start + count], self._size)
-        self._weak.append(weak)
-        self._strong.append(strong)
+    def add(self, data: Bytes, start: int, count: int) -> tuple[Sums, Sums]:
+        """Sign the `count` bytes from `start`; return the weak (blocks) and the strong (blocks, 4)
+        checksums, as uint32; they hold until the next call."""
+        blocks = -(-count // self._size)
+        first = self.length // self._size
+        kernels.sign_window(data, start, count, first, self._shift, self._sums, self._cvs, self._scratch)
+        weak, strong = self._sums[:blocks], self._cvs[:blocks, :4].copy()
+        if self._keep:
+            self._weak.append(weak.copy())
+            self._strong.append(strong.tobytes())
+        if not first and blocks == 1:
+            # Maybe the only block: then the digest is no chaining value of a subtree.
+            self._only = blake3(data.data[start : start + count]).digest()
+        if blocks:
+            kernels.reduce_cvs(self._cvs, blocks, 2, self._scratch.lanes)
+            self._tops.append(self._cvs[: min(blocks, 2)].tobytes())
+        self.length += count
         return weak, strong
 
-    def finish(self, length: int, digest: bytes) -> Signature:
+    def digest(self) -> bytes:
+        """Return the BLAKE3-256 of all that was added."""
+        if self.length <= self._size:
+            return self._only
+        tops = np.frombuffer(b"".join(self._tops), np.uint32).reshape(-1, 8)
+        cvs = np.zeros((len(tops) + LANES, 8), np.uint32)
+        cvs[: len(tops)] = tops
+        kernels.root_cv(cvs, len(tops), self._scratch.lanes)
+        digest: bytes = cvs[0].tobytes()
+        return digest
+
+    def finish(self) -> Signature:
+        """Return the signature of all that was added; nothing may be added afterwards."""
         weak = np.concatenate(self._weak) if self._weak else np.empty(0, np.uint32)
-        return Signature(self._size, length, weak, b"".join(self._strong), digest)
+        self._weak.clear()
+        strong = b"".join(self._strong)
+        self._strong.clear()
+        return Signature(self._size, self.length, weak, strong, self.digest())
 
 
-def weak_sums(
-    data: np.ndarray[Any, np.dtype[np.uint8]], start: int, count: int, block_size: int
-) -> np.ndarray[Any, np.dtype[np.uint32]]:
-    """Return the weak sums of the blocks of data[start : start + count]."""
-    full, rest = divmod(count, block_size)
-    out = np.empty(full + bool(rest), np.uint32)
-    kernels.weak_sums(data, start, full, block_size, out)
-    if rest:
-        kernels.weak_sums(data, start + full * block_size, 1, rest, out[full:])
-    return out
-
-
-def strong_sums(view: memoryview, block_size: int) -> bytes:
-    """Return the strong hashes, joined, of the blocks of `view`."""
-    return b"".join([blake3(view[i : i + block_size]).digest(STRONG_BYTES) for i in range(0, len(view), block_size)])
+def chunk_shift(block_size: int) -> int:
+    """Return the binary logarithm of the number of BLAKE3's chunks in a block."""
+    return (block_size // kernels.CHUNK).bit_length() - 1
 
 
 def window_span(block_size: int, limit: int = WINDOW) -> int:
-    """Return the length of a window: as many whole blocks as fit into `limit`, at least one."""
-    return max(1, limit // block_size) * block_size
+    """Return the length of a window: the power of two of whole blocks that fits into `limit`, at
+    least one block."""
+    return block_size << max(0, (limit // block_size).bit_length() - 1)
+
+
+def skipping_holes(source: BinaryReader) -> BinaryReader:
+    """Return a reader of the same content that does not read the holes of a sparse file, if
+    `source` is one, unbuffered; else `source`."""
+    if not isinstance(source, io.FileIO):
+        return source
+    about = os.fstat(source.fileno())
+    sparse = stat.S_ISREG(about.st_mode) and about.st_blocks * 512 < about.st_size
+    return _SparseReader(source) if sparse else source
+
+
+class _SparseReader:
+    """Gives zeros for holes; to have the kernel fill pages of its cache with them costs more
+    than to hash them."""
+
+    def __init__(self, file: io.FileIO) -> None:
+        self._file = file
+        self._fd = file.fileno()
+        # No hole is before this offset, from the current one on.
+        self._data_end = 0
+
+    def read(self, size: int, /) -> bytes:
+        data = bytearray(size)
+        return bytes(data[: self.readinto(memoryview(data))])
+
+    def readinto(self, view: memoryview, /) -> int:
+        at = self._file.tell()
+        if at >= self._data_end:
+            hole = min(self._hole(at), len(view), len(_ZEROS))
+            if hole > 0:
+                view[:hole] = _ZEROS[:hole]
+                self._file.seek(at + hole)
+                return hole
+        wanted = min(len(view), self._data_end - at) if at < self._data_end else len(view)
+        # Only a file that does not block is read in vain, and regular ones do.
+        return self._file.readinto(view[:wanted]) or 0
+
+    def _hole(self, at: int) -> int:
+        """Return how long the hole at `at` is, 0 where data is."""
+        try:
+            start = os.lseek(self._fd, at, os.SEEK_DATA)
+            if start == at:
+                self._data_end = os.lseek(self._fd, at, os.SEEK_HOLE)
+        except OSError as error:
+            # There is no more data, or the filesystem does not know of holes.
+            start = os.fstat(self._fd).st_size if error.errno == errno.ENXIO else at
+        os.lseek(self._fd, at, os.SEEK_SET)
+        return start - at
 
 
 def read_full(source: BinaryReader, view: memoryview) -> int:
