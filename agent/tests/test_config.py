@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import math
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from farshore.config import MonitorConfig, NodeConfig, load, parse
+from farshore.config import Bandwidth, MonitorConfig, NodeConfig, Window, load, parse
 from farshore.errors import ConfigError
 
 NODE: dict[str, Any] = {
@@ -55,6 +57,36 @@ def changed(base: dict[str, Any], keys: list[Any], value: object) -> dict[str, A
     return data
 
 
+def window(**keys: object) -> dict[str, Any]:
+    return {"limit": "20Mbit/s", "schedule": [keys]}
+
+
+def test_bandwidth_is_read() -> None:
+    data = window(days="mon-fri", limit="5 Mbit/s", to="18:00", **{"from": "08:00"})
+    group = parse(changed(NODE, ["groups", "web", "bandwidth"], data), NodeConfig).groups["web"]
+    assert group.bandwidth == Bandwidth("20Mbit/s", (Window("5 Mbit/s", "mon-fri", "08:00", "18:00"),))
+    default = parse(NODE, NodeConfig).groups["web"]
+    assert (default.bandwidth, default.compress) == (Bandwidth("unlimited"), True)
+
+
+@pytest.mark.parametrize(
+    ("limit", "rate"),
+    [
+        ("unlimited", math.inf),
+        ("64000bit/s", 8e3),
+        ("64kbit/s", 8e3),
+        ("2.5Mbit/s", 312500),
+        ("1Gbit/s", 125e6),
+        ("8000B/s", 8e3),
+        ("8kB/s", 8e3),
+        ("20 MB/s", 20e6),
+        ("1GB/s", 1e9),
+    ],
+)
+def test_units_of_bandwidth(limit: str, rate: float) -> None:
+    assert Bandwidth(limit).at(datetime(2025, 1, 1)) == rate
+
+
 @pytest.mark.parametrize(
     ("keys", "value", "words"),
     [
@@ -69,6 +101,20 @@ def changed(base: dict[str, Any], keys: list[Any], value: object) -> dict[str, A
         (["groups", "web", "paths"], [{"source": "/var/lib"}], ["state_dir", "/var/lib"]),
         (["groups", "web", "units"], "nginx", ["groups.web.units", "list"]),
         (["groups", "web", "rpo"], {"warn": 9, "critical": 3}, ["groups.web.rpo"]),
+        (["groups", "web", "compress"], "yes", ["groups.web.compress", "yes", "true or false"]),
+        (["groups", "web", "bandwidth"], "5Mbit/s", ["groups.web.bandwidth", "mapping"]),
+        (["groups", "web", "bandwidth"], {"limit": 5}, ["groups.web.bandwidth.limit", "5", "quotes"]),
+        (["groups", "web", "bandwidth"], {"limit": "5mb/s"}, ["bandwidth.limit", "5mb/s", "unlimited", "Mbit/s"]),
+        (["groups", "web", "bandwidth"], {"limit": "0Mbit/s"}, ["bandwidth.limit", "0Mbit/s", "64kbit/s"]),
+        (["groups", "web", "bandwidth"], {"rate": "5MB/s"}, ["groups.web.bandwidth.rate", "known key", "schedule"]),
+        (["groups", "web", "bandwidth"], window(), ["groups.web.bandwidth.schedule[0].limit", "missing"]),
+        (["groups", "web", "bandwidth"], window(limit="fast"), ["schedule[0].limit", "fast", "Gbit/s"]),
+        (["groups", "web", "bandwidth"], window(limit="1MB/s", days="mon-fry"), ["schedule[0].days", "fry", "fri"]),
+        (["groups", "web", "bandwidth"], window(limit="1MB/s", **{"from": "8:00"}), ["schedule[0].from", "08:00"]),
+        (["groups", "web", "bandwidth"], window(limit="1MB/s", to="24:01"), ["schedule[0].to", "24:01", "24:00"]),
+        (["groups", "web", "bandwidth"], window(limit="1MB/s", to=1080), ["schedule[0].to", "1080", "quotes"]),
+        (["groups", "web", "bandwidth"], window(limit="1MB/s", to="00:00"), ["schedule[0]", "no time at all"]),
+        (["groups", "web", "bandwidth"], window(limit="1MB/s", start="08:00"), ["schedule[0].start", "from, to"]),
         (["groups", "a name"], NODE["groups"]["web"], ["a name", "letters"]),
         (["groups", "more"], NODE["groups"]["web"], ["/srv/www", "groups.web.paths"]),
         (["log_level"], "loud", ["log_level", "loud", "debug"]),

@@ -21,14 +21,22 @@ SITE_OF = {"ldrg": "ldc", "local_servers": "ldc", "rdrg": "rbc", "backup_servers
 
 _GROUP_KEYS = (
     "local_server", "backup_server", "paths", "services", "units",
-    "failover", "failback", "rpo", "hold_down", "step_timeout",
+    "failover", "failback", "rpo", "hold_down", "step_timeout", "bandwidth", "compress",
 )  # fmt: skip
 _SITE_KEYS = ("network", "public_address")
 _PATH_KEYS = ("path", "replica", "include", "exclude")
 _SERVICE_KEYS = ("port", "protocol", "backend_port", "check")
 _CHECK_KEYS = ("kind", "interval", "timeout", "rise", "fall", "path", "host", "statuses")
 _RPO_KEYS = ("warn", "critical")
+_BANDWIDTH_KEYS = ("limit", "schedule")
+_WINDOW_KEYS = ("days", "from", "to", "limit")
+_DAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,19}")
+_TIME = re.compile(r"([01][0-9]|2[0-3]):[0-5][0-9]|24:00")
+_RATE = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?([kMG]?)(bit|B)/s")
+_SCALE = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9}
+#: Bytes/s, as the agent has it: below, even what keeps a connection alive would be late.
+_LEAST_RATE = 8e3
 _UNIT = re.compile(r"[A-Za-z0-9:_.@\\-]+\.(service|socket|target|timer|path|mount)")
 
 Intent = Mapping[str, Mapping[str, Any]]
@@ -50,8 +58,11 @@ def node_groups(intent: Intent, host: str, hostvars: HostVars, replica_root: str
             }
             if group.get("units"):
                 entry["units"] = list(group["units"])
-            if group.get("rpo"):
-                entry["rpo"] = dict(group["rpo"])
+            for key in ("rpo", "bandwidth"):
+                if group.get(key):
+                    entry[key] = dict(group[key])
+            if "compress" in group:
+                entry["compress"] = group["compress"]
             found[str(name)] = entry
     return found
 
@@ -231,6 +242,9 @@ def _group_errors(where: str, name: Any, group: Any, groups: Mapping[str, Sequen
         if not _is_number(group.get(key, 1)):
             yield f"{where}.{key}: {group[key]!r} is not a number of seconds"
     yield from _rpo_errors(f"{where}.rpo", group.get("rpo", {}))
+    yield from _bandwidth_errors(f"{where}.bandwidth", group.get("bandwidth", {}))
+    if not isinstance(group.get("compress", True), bool):
+        yield f"{where}.compress: {group['compress']!r} is not allowed; allowed: true, false"
     yield from _list_errors(where, group, "paths", _path_errors)
     yield from _list_errors(where, group, "services", _service_errors)
     for i, unit in enumerate(group.get("units") or []):
@@ -290,6 +304,43 @@ def _rpo_errors(where: str, rpo: Any) -> Iterator[str]:
         warn, critical = rpo.get("warn", 5), rpo.get("critical", 30)
         if not (_is_number(warn) and _is_number(critical) and 0 < warn <= critical):
             yield f"{where}: warn {warn!r} and critical {critical!r}; allowed: 0 < warn <= critical, in seconds"
+
+
+def _bandwidth_errors(where: str, bandwidth: Any) -> Iterator[str]:
+    yield from _keys(where, bandwidth, _BANDWIDTH_KEYS)
+    if not isinstance(bandwidth, Mapping):
+        return
+    yield from _rate_errors(f"{where}.limit", bandwidth.get("limit", "unlimited"))
+    if bandwidth.get("schedule") != []:
+        yield from _list_errors(where, bandwidth, "schedule", _window_errors)
+
+
+def _window_errors(where: str, item: Any) -> Iterator[str]:
+    yield from _keys(where, item, _WINDOW_KEYS, required=("limit",))
+    if not isinstance(item, Mapping):
+        return
+    yield from _rate_errors(f"{where}.limit", item.get("limit", "unlimited"))
+    days = item.get("days", "mon-sun")
+    ends = [day for part in str(days).split(",") for day in part.strip().split("-", 1)]
+    if not isinstance(days, str) or not set(ends) <= set(_DAYS):
+        yield f"{where}.days: {days!r} is not allowed; days ({', '.join(_DAYS)}) and ranges such as mon-fri,sun are"
+    times = {key: item.get(key, default) for key, default in (("from", "00:00"), ("to", "24:00"))}
+    for key, value in times.items():
+        if not isinstance(value, str) or not _TIME.fullmatch(value):
+            # Without quotes, 18:00 is the number 1080 to YAML.
+            yield f"{where}.{key}: {value!r} is not a time of day in '00:00'..'24:00', in quotes"
+    if times["from"] == times["to"]:
+        yield f"{where}: from {times['from']} to {times['to']} is no time at all; a whole day is '00:00' to '24:00'"
+
+
+def _rate_errors(where: str, value: Any) -> Iterator[str]:
+    found = _RATE.fullmatch(value) if isinstance(value, str) else None
+    rate = float(found[1]) * _SCALE[found[2]] / (8 if found[3] == "bit" else 1) if found else 0.0
+    if value != "unlimited" and rate < _LEAST_RATE:
+        yield (
+            f"{where}: {value!r} is not allowed; allowed: unlimited, or at least 64kbit/s, "
+            "in bit/s, kbit/s, Mbit/s, Gbit/s, B/s, kB/s, MB/s or GB/s"
+        )
 
 
 def _keys(where: str, item: Any, allowed: Sequence[str], required: Sequence[str] = ()) -> Iterator[str]:

@@ -119,6 +119,10 @@ def test_the_example_is_right(intent: ModuleType, inventory: Inventory) -> None:
     assert errors(intent, inventory) == []
 
 
+def window(**keys: Any) -> dict[str, Any]:
+    return {"limit": "20Mbit/s", "schedule": [{"limit": "5Mbit/s", **keys}]}
+
+
 MISTAKES: list[tuple[list[Any], Any, str]] = [
     (["intent", "web", "pathes"], [], "farshore_groups.web.pathes: is not a known key; allowed: local_server"),
     (["intent", "web", "local_server"], "web2", "'web2' is not in the inventory group local_servers; allowed: web1"),
@@ -130,6 +134,21 @@ MISTAKES: list[tuple[list[Any], Any, str]] = [
     (["intent", "web", "services", 0, "check", "kind"], "smtp", "services[0].check.kind: 'smtp' is not allowed"),
     (["intent", "web", "units", 0], "nginx", "farshore_groups.web.units[0]: 'nginx' is not a unit's full name"),
     (["intent", "web", "rpo"], {"warn": 9, "critical": 3}, "farshore_groups.web.rpo: warn 9 and critical 3"),
+    (
+        ["intent", "web", "compress"],
+        "zstd",
+        "farshore_groups.web.compress: 'zstd' is not allowed; allowed: true, false",
+    ),
+    (["intent", "web", "bandwidth"], "5Mbit/s", "farshore_groups.web.bandwidth: '5Mbit/s' is not a mapping"),
+    (["intent", "web", "bandwidth"], {"limit": "5mb"}, "web.bandwidth.limit: '5mb' is not allowed; allowed: unlimited"),
+    (["intent", "web", "bandwidth"], {"limit": "0MB/s"}, "web.bandwidth.limit: '0MB/s' is not allowed"),
+    (["intent", "web", "bandwidth"], {"limit": 20}, "farshore_groups.web.bandwidth.limit: 20 is not allowed"),
+    (["intent", "web", "bandwidth"], {"burst": 1}, "web.bandwidth.burst: is not a known key; allowed: limit, schedule"),
+    (["intent", "web", "bandwidth"], {"schedule": {}}, "web.bandwidth.schedule: {} is not allowed; a list"),
+    (["intent", "web", "bandwidth"], {"schedule": [{}]}, "web.bandwidth.schedule[0].limit: is missing"),
+    (["intent", "web", "bandwidth"], window(days="weekend"), "schedule[0].days: 'weekend' is not allowed; days (mon,"),
+    (["intent", "web", "bandwidth"], window(to=1080), "schedule[0].to: 1080 is not a time of day"),
+    (["intent", "web", "bandwidth"], window(to="00:00"), "schedule[0]: from 00:00 to 00:00 is no time at all"),
     (["sites", "ldc", "network"], "10.1.0.0/99", "farshore_sites.ldc.network: '10.1.0.0/99' is not a network"),
     (["sites", "rbc", "network"], "10.1.0.0/16", "farshore_sites: the networks 10.1.0.0/24 and 10.1.0.0/16 overlap"),
     (["hostvars", "bak1", "farshore_address"], "10.9.0.1", "host bak1: farshore_address: 10.9.0.1 is not in"),
@@ -149,6 +168,48 @@ def test_a_mistake_is_named(intent: ModuleType, inventory: Inventory, key: list[
     assert any(message in error for error in errors(intent, inventory)), errors(intent, inventory)
 
 
+def test_both_ends_are_told_how_fast_to_send(intent: ModuleType, inventory: Inventory) -> None:
+    bandwidth = window(days="mon-fri", to="18:00", **{"from": "08:00"})
+    inventory["intent"]["web"].update(bandwidth=bandwidth, compress=False)
+    assert errors(intent, inventory) == []
+    for host in ("web1", "bak1"):
+        group = intent.node_groups(inventory["intent"], host, inventory["hostvars"], "/replicas")["web"]
+        assert (group["bandwidth"], group["compress"]) == (bandwidth, False)
+    monitor = intent.monitor_groups(inventory["intent"], inventory["hostvars"])["web"]
+    assert not {"bandwidth", "compress"} & set(monitor)
+
+
+def test_times_of_day_survive_the_configuration_file(intent: ModuleType, inventory: Inventory) -> None:
+    # 18:00 is a number to YAML, and 08:00 is not.
+    inventory["intent"]["web"]["bandwidth"] = window(to="18:00", **{"from": "08:00"})
+    group = intent.node_groups(inventory["intent"], "web1", inventory["hostvars"], "/replicas")["web"]
+    assert yaml.safe_load(yaml.dump(group))["bandwidth"]["schedule"][0] == {
+        "limit": "5Mbit/s", "from": "08:00", "to": "18:00",
+    }  # fmt: skip
+
+
+RATES = ["unlimited", "64kbit/s", "2.5 Mbit/s", "1GB/s", "63kbit/s", "0bit/s", "5", "5mbit/s", "-5Mbit/s", "5Mb/s", ""]
+WINDOWS = [
+    *({"limit": limit} for limit in RATES),
+    *({"days": days} for days in ("mon", "fri-mon", "sat, sun", "mon-", "-mon", "", "mon-tue-wed", "Mon", "mon,")),
+    *({"from": time} for time in ("00:00", "23:59", "24:00", "24:30", "8:00", "08:60", "18:00:00", "")),
+    *({"from": start, "to": end} for start, end in (("22:00", "06:00"), ("08:00", "08:00"), ("00:00", "24:00"))),
+]
+
+
+@pytest.mark.parametrize("keys", WINDOWS, ids=str)
+def test_preflight_and_agent_agree_on_the_schedule(intent: ModuleType, inventory: Inventory, keys: Any) -> None:
+    config = pytest.importorskip("farshore.config")
+    inventory["intent"]["web"]["bandwidth"] = window(**keys)
+    refused = bool(errors(intent, inventory))
+    try:
+        config.parse(window(**keys), config.Bandwidth)
+    except config.ConfigError:
+        assert refused
+    else:
+        assert not refused
+
+
 def test_a_port_is_published_once(intent: ModuleType, two_servers: Inventory) -> None:
     two_servers["intent"]["db"]["services"][0]["port"] = 80
     assert any("port 80/tcp is published by group" in error for error in errors(intent, two_servers))
@@ -164,6 +225,7 @@ def test_what_is_computed_is_what_the_agent_reads(intent: ModuleType, two_server
     config = pytest.importorskip("farshore.config")
     tls = {"ca": "/ca", "certificate": "/crt", "key": "/key"}
     groups, hostvars = two_servers["intent"], two_servers["hostvars"]
+    groups["web"].update(bandwidth=window(**{"from": "22:00", "to": "06:00"}), compress=True)
     node = {"node": "bak1", "listen": {"address": "10.2.0.10"}, "tls": tls}
     node["groups"] = intent.node_groups(groups, "bak1", hostvars, "/replicas")
     assert set(config.parse(node, config.NodeConfig).groups) == {"db", "web"}

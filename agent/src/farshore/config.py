@@ -7,9 +7,12 @@ unknown key is an error, because a misspelt option on the worst day is a missing
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 import types
 import typing
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
@@ -20,6 +23,13 @@ from farshore.errors import ConfigError
 
 Side = Literal["local", "remote"]
 _T = TypeVar("_T")
+
+_DAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
+_TIME = re.compile(r"([01][0-9]|2[0-3]):([0-5][0-9])|24:00")
+_RATE = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?([kMG]?)(bit|B)/s")
+_SCALE = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9}
+#: Below this, in bytes/s, even what keeps a connection alive would be late.
+_LEAST_RATE = 8e3
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +99,53 @@ class Rpo:
 
 
 @dataclass(frozen=True, slots=True)
+class Window:
+    """A part of the week, in the node's local time, and the limit in it.
+
+    ``start`` and ``end`` (``from`` and ``to`` in the file) are times of day; a window that ends before it starts goes
+    on into the day after each of ``days``.
+    """
+
+    limit: str
+    days: str = "mon-sun"
+    start: str = field(default="00:00", metadata={"key": "from"})
+    end: str = field(default="24:00", metadata={"key": "to"})
+
+    def validate(self, where: str) -> None:
+        _rate(f"{where}.limit", self.limit)
+        _days(f"{where}.days", self.days)
+        if _minutes(f"{where}.from", self.start) == _minutes(f"{where}.to", self.end):
+            raise ConfigError(
+                where, f"from {self.start} to {self.end} is no time at all; a whole day is 00:00 to 24:00"
+            )
+
+    def covers(self, when: datetime) -> bool:
+        """Whether the wall clock's time ``when`` lies in this window."""
+        days = _days("days", self.days)
+        start, end = _minutes("from", self.start), _minutes("to", self.end)
+        today, now = when.weekday(), when.hour * 60 + when.minute
+        if start < end:
+            return today in days and start <= now < end
+        return (today in days and now >= start) or ((today - 1) % 7 in days and now < end)
+
+
+@dataclass(frozen=True, slots=True)
+class Bandwidth:
+    """How fast a group's changes may be sent: ``limit``, except in the windows of ``schedule``, the first that fits."""
+
+    limit: str = "unlimited"
+    schedule: tuple[Window, ...] = ()
+
+    def validate(self, where: str) -> None:
+        _rate(f"{where}.limit", self.limit)
+
+    def at(self, when: datetime) -> float:
+        """The limit in bytes/s at the local time ``when``; infinite when there is none."""
+        limit = next((window.limit for window in self.schedule if window.covers(when)), self.limit)
+        return _rate("limit", limit)
+
+
+@dataclass(frozen=True, slots=True)
 class NodeGroup:
     """A protection group as one of its two nodes sees it."""
 
@@ -97,6 +154,8 @@ class NodeGroup:
     paths: tuple[PathConfig, ...]
     units: tuple[str, ...] = ()
     rpo: Rpo = field(default_factory=Rpo)
+    bandwidth: Bandwidth = field(default_factory=Bandwidth)
+    compress: bool = True
 
     def validate(self, where: str) -> None:
         if not self.paths:
@@ -295,7 +354,7 @@ def _scalar(data: Any, kind: Any, name: str) -> Any:
         words = {
             int: "a whole number",
             float: "a number",
-            str: "a text",
+            str: "a text; quotes make it one",
             bool: "true or false",
             Path: "a path",
         }
@@ -307,7 +366,7 @@ def _dataclass(data: Any, kind: Any, where: str) -> Any:
     if not isinstance(data, dict):
         raise ConfigError(where or "configuration", f"{data!r} is not a mapping")
     hints = typing.get_type_hints(kind)
-    fields = {f.name: f for f in dataclasses.fields(kind)}
+    fields = {f.metadata.get("key", f.name): f for f in dataclasses.fields(kind)}
     for key in data:
         if key not in fields:
             allowed = ", ".join(fields)
@@ -316,7 +375,7 @@ def _dataclass(data: Any, kind: Any, where: str) -> Any:
     for key, spec in fields.items():
         below = f"{where}.{key}".lstrip(".")
         if key in data:
-            values[key] = _convert(data[key], hints[key], below)
+            values[spec.name] = _convert(data[key], hints[spec.name], below)
         elif spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:
             raise ConfigError(below, "is missing")
     built = kind(**values)
@@ -347,3 +406,41 @@ def _address(where: str, value: str) -> None:
 def _port(where: str, value: int) -> None:
     if not 0 <= value <= 65535:
         raise ConfigError(where, f"{value} is not a port in 1..65535")
+
+
+def _rate(where: str, value: str) -> float:
+    """The bytes/s of a text such as 20Mbit/s."""
+    if value == "unlimited":
+        return math.inf
+    found = _RATE.fullmatch(value)
+    rate = float(found[1]) * _SCALE[found[2]] / (8 if found[3] == "bit" else 1) if found else 0.0
+    if rate < _LEAST_RATE:
+        raise ConfigError(
+            where,
+            f"{value!r} is not allowed; allowed: unlimited, or at least 64kbit/s, "
+            "in bit/s, kbit/s, Mbit/s, Gbit/s, B/s, kB/s, MB/s or GB/s",
+        )
+    return rate
+
+
+def _days(where: str, value: str) -> frozenset[int]:
+    """The weekdays, Monday is 0, of a text such as mon-fri,sun."""
+    found: set[int] = set()
+    for part in value.split(","):
+        first, dash, last = part.strip().partition("-")
+        if first not in _DAYS or (last if dash else first) not in _DAYS:
+            allowed = ", ".join(_DAYS)
+            raise ConfigError(where, f"{value!r} is not allowed; days ({allowed}) and ranges such as mon-fri,sun are")
+        day, end = _DAYS.index(first), _DAYS.index(last or first)
+        found.add(day)
+        while day != end:
+            day = (day + 1) % 7
+            found.add(day)
+    return frozenset(found)
+
+
+def _minutes(where: str, value: str) -> int:
+    """The minutes since midnight of a text such as 08:00."""
+    if not _TIME.fullmatch(value):
+        raise ConfigError(where, f"{value!r} is not a time of day in 00:00..24:00, such as 08:00")
+    return int(value[:2]) * 60 + int(value[3:])

@@ -28,7 +28,7 @@ def copy_some(source: Path, target: Path, most: int) -> int:
     """Copy packages of an installation until about ``most`` files are there."""
     count = 0
     for package in sorted(source.iterdir()):
-        if not package.is_dir() or package.name in ("llvmlite", "nvidia"):
+        if not package.is_dir() or package.name in ("llvmlite", "nvidia", "ansible_collections"):
             continue
         shutil.copytree(package, target / package.name, symlinks=True)
         count += sum(len(files) for _, _, files in os.walk(target / package.name))

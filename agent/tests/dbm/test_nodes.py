@@ -6,6 +6,7 @@ import asyncio
 import os
 import shutil
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 from nodes import Pair, until
@@ -15,8 +16,10 @@ from farshore import tls
 from farshore.config import NodeRef, Tls
 from farshore.control import api, client
 from farshore.dbm import receiver, sender, wire
+from farshore.dbm.blocks import BlockWriter
 from farshore.dbm.messages import Begin, Commit, Hello, MakeSymlink, Meta, Nak, Put, Refused, Welcome
 from farshore.dbm.record import Record, load, store
+from farshore.dbm.replica.stage import Stage
 from farshore.errors import FarshoreError, NotInTime, StaleEpoch, StateError
 
 META = Meta(0o644, os.getuid(), os.getgid(), 1, 1, [])
@@ -37,6 +40,8 @@ async def test_replicates_and_follows(pair: Pair) -> None:
     status = await pair.local.status()
     group = status.groups["web"]
     assert (group.state, group.in_step, group.rpo, group.epoch) == ("replicating", True, 0.0, 1)
+    # The replica is told a moment after the last acknowledgement.
+    await until(lambda: pair.remote.groups["web"]._record.synced_once, "the replica was not told")
     remote = (await pair.remote.status()).groups["web"]
     assert (remote.state, remote.synced_once, remote.connected) == ("replica", True, True)
 
@@ -145,20 +150,15 @@ async def test_a_replica_that_cannot_write_says_so_and_recovers(pair: Pair) -> N
     await in_step(pair)
     obstacle = pair.remote_tree / "x"
     group = pair.local.groups["web"]
-    applier = pair.remote.groups["web"]._applier
-    assert applier is not None
-    stage = applier._stages[0]
-    original = stage.create
+    with pytest.MonkeyPatch.context() as patch:
 
-    def full() -> tuple[bytes, int]:
-        raise OSError(28, "No space left on device")
+        def full(self: Stage, *arguments: object) -> NoReturn:
+            raise OSError(28, "No space left on device")
 
-    stage.create = full  # type: ignore[method-assign]
-    (pair.local_tree / "x").write_text("1")
-    await until(lambda: group._sender is not None and "No space left" in group._sender.reason, "no reason was given")
-    assert not obstacle.exists()
-    for each in pair.remote.groups["web"]._applier._stages if pair.remote.groups["web"]._applier else []:
-        each.create = original  # type: ignore[method-assign]
+        patch.setattr(Stage, "create", full)
+        (pair.local_tree / "x").write_text("1")
+        await until(lambda: group._sender is not None and "No space left" in group._sender.reason, "no reason")
+        assert not obstacle.exists()
     await in_step(pair)
     assert obstacle.read_text() == "1"
 
@@ -211,10 +211,9 @@ async def test_no_path_leads_out_of_the_root(pair: Pair, path: bytes) -> None:
     before = {p: p.lstat().st_mtime_ns for p in pair.base.rglob("*") if "state" not in str(p)}
     reader, writer, answer = await stream(pair, "local", Hello(wire.PROTOCOL, "web", 1, ["/srv/www"]))
     assert isinstance(answer, Welcome)
-    for message in (Begin(1, 1), Put(0, path, META, b"evil"), Commit(1)):
-        writer.write(receiver.CODEC.encode(message))
-    verdict = await sender._CODEC.read(reader, "remote")
-    assert isinstance(verdict, Nak)
+    await BlockWriter(writer).send([wire.frame(m) for m in (Begin(1, 1), Put(0, path, META, b"evil"), Commit(1))])
+    verdict = await sender._Inbox(reader, "remote").next()
+    assert verdict is None or isinstance(verdict, Nak)
     assert {p: p.lstat().st_mtime_ns for p in pair.base.rglob("*") if "state" not in str(p)} == before
     writer.close()
 
@@ -225,14 +224,14 @@ async def test_a_symlink_made_in_the_same_transaction_is_not_followed(pair: Pair
     outside = pair.base / "outside"
     outside.mkdir()
     reader, writer, _ = await stream(pair, "local", Hello(wire.PROTOCOL, "web", 1, ["/srv/www"]))
-    for message in (
+    messages = (
         Begin(1, 1),
         MakeSymlink(0, b"door", META, os.fsencode(outside)),
         Put(0, b"door/evil", META, b"evil"),
         Commit(1),
-    ):
-        writer.write(receiver.CODEC.encode(message))
-    assert isinstance(await sender._CODEC.read(reader, "remote"), Nak)
+    )
+    await BlockWriter(writer).send([wire.frame(message) for message in messages])
+    assert isinstance(await sender._Inbox(reader, "remote").next(), Nak)
     assert list(outside.iterdir()) == []
     writer.close()
 

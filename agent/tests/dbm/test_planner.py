@@ -7,6 +7,7 @@ import errno
 import os
 import shutil
 import sqlite3
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -16,13 +17,33 @@ from nodes import Pair
 from trees import differences
 
 from farshore.dbm import planner as planning
+from farshore.dbm import uploads
 from farshore.dbm.index import LINEAGE, Index, IndexDamaged, _known, set_aside
-from farshore.dbm.messages import Entry, FromSource, MakeDir, Meta, Put, Remove, SetMeta
-from farshore.dbm.planner import Batch, Planner, SourceUnreadable
+from farshore.dbm.messages import (
+    Begin,
+    Commit,
+    Copy,
+    Drop,
+    Entry,
+    FromSource,
+    Link,
+    MakeDir,
+    Meta,
+    Move,
+    Patch,
+    Put,
+    Remove,
+    SetMeta,
+)
+from farshore.dbm.planner import Planned, Planner
+from farshore.dbm.wire import Codec
+from farshore.dbm.work import Batch, Job, Work
 from farshore.errors import NotInTime, ProtocolError
 from farshore.fmm import scanner
 from farshore.fmm.dirty import Dirty
 from farshore.fmm.types import FileKind, Hint, Kind, Root
+
+CODEC: Codec[FromSource] = Codec(FromSource)
 
 
 class Source:
@@ -32,28 +53,59 @@ class Source:
         self.tree = base / "tree"
         self.tree.mkdir()
         self.index = Index(base / "index.db")
-        self.planner = Planner(self.index, [Root(os.fsencode(self.tree), exclude=exclude)])
+        self.root = Root(os.fsencode(self.tree), exclude=exclude)
+        self.planner = Planner(self.index, [self.root], 1)
+        self.seq = 0
+        self.last = Planned(0)
+        self.ended: list[object] = []
 
     def one(self, batch: Batch) -> list[FromSource]:
         self.index.begin()
-        try:
-            sent = list(self.planner.transaction(batch))
-        except BaseException:
-            self.index.rollback()
-            raise
+        self.last = self.planner.transaction(batch, self.seq + 1)
+        self.seq += bool(self.last.frames)
+        self.ended += self.last.ended
         self.index.commit()
-        return sent
+        sent = [CODEC.decode(frame[4:], "test") for frame in [*self.last.loose, *self.last.frames]]
+        return [message for message in sent if not isinstance(message, (Begin, Commit))]
 
-    def tell(self, *hints: Hint) -> list[FromSource]:
-        """All that is sent for the hints; a rescan of everything when there are none."""
-        hints = hints or (Hint(0, b"", Kind.RESCAN),)
-        batch = Batch([Dirty(hint.root, hint.path, hint.kind, 0, number) for number, hint in enumerate(hints)])
+    def all(self, batch: Batch) -> list[FromSource]:
         sent: list[FromSource] = []
         for _ in range(1000):
             sent += self.one(batch)
             if batch.finished:
                 return sent
         raise AssertionError("the batch never ends")
+
+    def tell(self, *hints: Hint) -> list[FromSource]:
+        """All that is sent for the hints; a rescan of everything when there are none."""
+        hints = hints or (Hint(0, b"", Kind.RESCAN),)
+        items = [Dirty(hint.root, hint.path, hint.kind, 0, number) for number, hint in enumerate(hints)]
+        batch = Batch.of(items)
+        works = list(batch.works)
+        self.ended.clear()
+        sent = self.all(batch)
+        while self.planner.new_jobs:
+            job = self.planner.new_jobs.pop()
+            self.read(job)
+            sent += self.all(self.planner.deliver(job))
+        assert set(map(id, self.ended)) == set(map(id, works))
+        assert [work.left for work in works] == [0] * len(works)
+        return sent
+
+    def read(self, job: Job) -> None:
+        """What a slot of the uploads does, without sending."""
+        blob = self.index.get_signature(job.root, job.path)
+        try:
+            reading = uploads._Reading(self.root, job, blob, threading.Event())
+            if job.hash_only:
+                job.content = reading.hash()
+                return
+            job.number = 7
+            while reading.piece() is not None:
+                pass
+            job.content = reading.content
+        except OSError as error:
+            job.problem = error
 
 
 @pytest.fixture
@@ -68,14 +120,20 @@ def paths_of(messages: Iterable[FromSource], kind: type) -> list[bytes]:
 
 
 def fail(monkeypatch: pytest.MonkeyPatch, bad: bytes) -> None:
-    real = scanner.observe
+    real, look = scanner.observe, scanner.look
 
     def observe(root_path: bytes | int, root: int, path: bytes) -> object:
         if path == bad:
             raise PermissionError(errno.EACCES, "Permission denied")
         return real(root_path, root, path)
 
+    def lstat(directories: scanner.Directories, path: bytes) -> object:
+        if path == bad:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return look(directories, path)
+
     monkeypatch.setattr(scanner, "observe", observe)
+    monkeypatch.setattr(scanner, "look", lstat)
 
 
 # --- a root that is not there
@@ -127,32 +185,105 @@ def test_a_bad_sector_stops_only_its_file(source: Source, monkeypatch: pytest.Mo
     bad = source.tree / "bad"
     bad.write_bytes(os.urandom(200_000))
     number = bad.stat().st_ino
-    real = planning.delta.Encoder.encode
-    read = planning._digest
+    real = uploads._Reading.readinto
 
-    def refuse(file: object) -> None:
-        if os.fstat(file.fileno()).st_ino == number:  # type: ignore[attr-defined]
+    def readinto(self: uploads._Reading, view: memoryview) -> int | None:
+        if self._before.st_ino == number:
             raise OSError(errno.EIO, "Input/output error")
+        return real(self, view)
 
-    def encode(self: object, file: object) -> object:
-        refuse(file)
-        return real(self, file)  # type: ignore[arg-type]
-
-    def digest(file: object) -> bytes:
-        refuse(file)
-        return read(file)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(planning.delta.Encoder, "encode", encode)
-    monkeypatch.setattr(planning, "_digest", digest)
+    monkeypatch.setattr(uploads._Reading, "readinto", readinto)
     (source.tree / "other").write_text("2")
-    with pytest.raises(SourceUnreadable):
-        source.tell()
-    assert paths_of(source.tell(), Put) == [b"other"]
-    source.tell(Hint(0, b"bad", Kind.MODIFIED))
+    sent = source.tell()
+    assert paths_of(sent, Put) == [b"other"]
+    assert [message.upload for message in sent if isinstance(message, Drop)] == [7]
     assert any("Input/output error" in text for text in source.planner.problems.values())
+    assert source.tell() == []
     monkeypatch.undo()
-    assert source.tell(Hint(0, b"bad", Kind.MODIFIED)) != []
+    assert paths_of(source.tell(Hint(0, b"bad", Kind.MODIFIED)), Patch) == [b"bad"]
     assert source.planner.problems == {}
+
+
+# --- large files
+
+
+LARGE = 100_000
+
+
+def test_a_large_file_goes_as_an_upload_and_then_as_nothing(source: Source) -> None:
+    (source.tree / "f").write_bytes(os.urandom(LARGE))
+    sent = source.tell()
+    assert [message.upload for message in sent if isinstance(message, Patch)] == [7]
+    assert source.tell() == []
+    (source.tree / "f").write_bytes((source.tree / "f").read_bytes())
+    assert paths_of(source.tell(Hint(0, b"f", Kind.MODIFIED)), Patch) == []
+
+
+def test_content_that_is_there_under_another_name_is_copied_there(source: Source) -> None:
+    (source.tree / "a").write_bytes(os.urandom(LARGE))
+    source.tell()
+    shutil.copy(source.tree / "a", source.tree / "b")
+    sent = source.tell(Hint(0, b"b", Kind.CREATED))
+    assert [(m.path, m.source) for m in sent if isinstance(m, Copy)] == [(b"b", b"a")]
+    assert paths_of(sent, Patch) == []
+    (source.tree / "c").write_bytes(os.urandom(LARGE))
+    sent = source.tell(Hint(0, b"c", Kind.CREATED))
+    assert (paths_of(sent, Copy), paths_of(sent, Patch)) == ([], [b"c"])
+    # The copy is as good a base as the original.
+    assert source.index.get_signature(0, b"b") == source.index.get_signature(0, b"a") is not None
+
+
+def test_a_file_that_changes_while_it_is_read_is_fuzzy_and_read_again(source: Source) -> None:
+    source.tell()
+    path = source.tree / "f"
+    path.write_bytes(os.urandom(LARGE))
+    batch = Batch.of([Dirty(0, b"f", Kind.CREATED, 0, 1)])
+    source.all(batch)
+    (job,) = source.planner.new_jobs
+    source.planner.new_jobs.clear()
+    source.read(job)
+    with path.open("ab") as file:
+        file.write(b"more")
+    assert paths_of(source.all(source.planner.deliver(job)), Patch) == [b"f"]
+    known = source.index.get(0, b"f")
+    assert known is not None and (known.ctime_ns, known.size) == (0, LARGE)
+    assert [hint.path for hint in source.planner.again] == [b"f"]
+    assert paths_of(source.tell(*source.planner.again), Patch) == [b"f"]
+
+
+def test_who_looks_at_a_file_that_is_being_read_waits_for_it(source: Source) -> None:
+    (source.tree / "f").write_bytes(os.urandom(LARGE))
+    first, second = (Batch.of([Dirty(0, b"f", Kind.MODIFIED, 0, number)]) for number in (1, 2))
+    source.all(first)
+    source.all(second)
+    (job,) = source.planner.new_jobs
+    source.planner.new_jobs.clear()
+    assert source.ended == []
+    source.read(job)
+    (source.tree / "f").unlink()
+    sent = source.all(source.planner.deliver(job))
+    assert [message.upload for message in sent if isinstance(message, Drop)] == [7]
+    assert {id(work) for work in source.ended} == {id(work) for work in (*first.works, *second.works)}
+
+
+def test_a_large_file_renamed_is_moved(source: Source) -> None:
+    (source.tree / "f").write_bytes(os.urandom(LARGE))
+    source.tell()
+    (source.tree / "f").rename(source.tree / "g")
+    sent = source.tell(Hint(0, b"f", Kind.MOVED_FROM), Hint(0, b"g", Kind.MOVED_TO))
+    assert [(m.path, m.to) for m in sent if isinstance(m, Move)] == [(b"f", b"g")]
+    assert paths_of(sent, Patch) == []
+
+
+def test_a_second_name_of_a_large_file_is_a_link(source: Source) -> None:
+    (source.tree / "f").write_bytes(os.urandom(LARGE))
+    source.tell()
+    os.link(source.tree / "f", source.tree / "g")
+    assert paths_of(source.tell(Hint(0, b"g", Kind.CREATED)), Link) == [b"g"]
+    with (source.tree / "g").open("r+b") as file:
+        file.write(os.urandom(10))
+    sent = source.tell(Hint(0, b"g", Kind.MODIFIED))
+    assert (paths_of(sent, Patch), paths_of(sent, Link)) == ([b"g"], [b"f"])
 
 
 def test_an_error_hides_no_later_removal(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,13 +335,13 @@ def test_attributes_that_fit_into_no_frame_are_left_out(source: Source, monkeypa
 
 def test_times_that_64_bits_do_not_hold(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
     (source.tree / "f").write_text("1")
-    real = scanner._describe
+    real = scanner.observed
 
-    def describe(fd: int, root: int, path: bytes) -> object:
-        seen = real(fd, root, path)
+    def observed(status: os.stat_result, root: int, path: bytes, handle: int) -> object:
+        seen = real(status, root, path, handle)
         return planning.replace(seen, mtime_ns=1 << 64, atime_ns=-(1 << 64)) if path == b"f" else seen
 
-    monkeypatch.setattr(scanner, "_describe", describe)
+    monkeypatch.setattr(scanner, "observed", observed)
     (meta,) = [message.meta for message in source.tell() if isinstance(message, Put)]
     assert (meta.mtime_ns, meta.atime_ns) == ((1 << 63) - 1, -(1 << 63))
     assert source.tell() == []
@@ -233,8 +364,8 @@ def test_a_directory_in_doubt_is_set_again(source: Source) -> None:
     source.tell()
     (source.tree / "d").chmod(0o700)
     source.tell(Hint(0, b"d", Kind.ATTRIBUTES))
-    assert (0, b"d") in source.planner.changed
-    assert not source.planner.drastic
+    assert (0, b"d") in source.last.changed
+    assert not source.last.drastic
     assert source.tell() == []
     hints = source.planner.doubt([(0, b"d")])
     assert paths_of(source.tell(*hints), SetMeta) == [b"d"]
@@ -247,7 +378,7 @@ def test_a_directory_replaced_is_drastic(source: Source) -> None:
     (source.tree / "d").write_text("file")
     sent = source.tell(Hint(0, b"d", Kind.CREATED))
     assert paths_of(sent, Put) == [b"d"]
-    assert source.planner.drastic
+    assert source.last.drastic
 
 
 def test_a_file_replaced_by_an_excluded_directory_is_removed(tmp_path: Path) -> None:
@@ -265,14 +396,14 @@ def test_a_long_walk_is_cut_into_transactions(source: Source, monkeypatch: pytes
     for number in range(30):
         (source.tree / str(number)).write_text("1")
     source.tell()
-    real = scanner.observe
+    real = scanner.look
 
-    def slow(root_path: bytes | int, root: int, path: bytes) -> object:
+    def slow(directories: scanner.Directories, path: bytes) -> object:
         time.sleep(0.03)
-        return real(root_path, root, path)
+        return real(directories, path)
 
-    monkeypatch.setattr(scanner, "observe", slow)
-    batch = Batch([Dirty(0, b"", Kind.RESCAN, 0, 1)])
+    monkeypatch.setattr(scanner, "look", slow)
+    batch = Batch.of([Dirty(0, b"", Kind.RESCAN, 0, 1)])
     source.one(batch)
     assert not batch.finished
 
@@ -281,8 +412,8 @@ def test_a_long_walk_is_cut_into_transactions(source: Source, monkeypatch: pytes
 
 
 def test_inode_numbers_use_all_64_bits(source: Source) -> None:
-    row = (0, b"f", 1, 0, 0, 0, 0, 0, 0, -1, -2, 1, 0, None, b"\x90", None)
-    source.index.put(_known(row))
+    row = (1, 0, 0, 0, 0, 0, 0, -1, -2, 1, 0, None, None, None)
+    source.index.put(_known(0, b"f", row))
     assert [known.path for known in source.index.by_inode(0, (1 << 64) - 1, (1 << 64) - 2)] == [b"f"]
 
 
@@ -328,18 +459,18 @@ async def test_what_was_taken_is_restored_when_the_rollback_fails(pair: Pair, mo
     await pair.local.groups["web"].flush(60)
     sender = pair.local.groups["web"]._sender
     assert sender is not None
-    batch = Batch([])
+    item = Dirty(0, b"a", Kind.MODIFIED, 0, 1)
     restored: list[object] = []
-    monkeypatch.setattr(sender._dirty, "restore", restored.append)
+    monkeypatch.setattr(sender._dirty, "restore", lambda items: restored.extend(items))
 
     def broken() -> None:
         raise sqlite3.OperationalError("disk I/O error")
 
     monkeypatch.setattr(sender, "_rollback", broken)
-    sender._batches = [batch]
+    sender._works = {Work(item): None}
     with pytest.raises(sqlite3.OperationalError):
         await sender._give_back()
-    assert restored == [batch.items]
+    assert restored == [item]
     monkeypatch.undo()
 
 

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from replicas import DIRECTORY, FILE, Replica, stream, upload
 
-from farshore.dbm import receiver
 from farshore.dbm.messages import (
     Ack,
     Begin,
     Chunk,
-    Commit,
     FromSource,
     Link,
     MakeDir,
@@ -28,33 +27,11 @@ from farshore.dbm.messages import (
     Put,
     Remove,
     SetMeta,
+    Upload,
 )
-from farshore.dbm.receiver import Applier
+from farshore.dbm.replica import staging
 from farshore.dbm.replica.stage import Stage
 from farshore.errors import ProtocolError
-from farshore.fmm.types import Root
-
-FILE = Meta(0o644, os.getuid(), os.getgid(), 1, 1, [])
-DIRECTORY = Meta(0o755, os.getuid(), os.getgid(), 1, 1, [])
-
-
-class Replica:
-    """An Applier of one root."""
-
-    def __init__(self, base: Path) -> None:
-        self.root = base / "root"
-        self.state = base / "state"
-        self.state.mkdir()
-        self._seq = 0
-        self.open()
-
-    def open(self) -> None:
-        self.applier = Applier([("x", Root(os.fsencode(self.root), exclude=("*.tmp",)))], self.state)
-
-    def send(self, *operations: FromSource) -> Ack | Nak:
-        self._seq += 1
-        (answer,) = self.applier.handle([Begin(1, self._seq), *operations, Commit(self._seq)])
-        return answer
 
 
 @pytest.fixture
@@ -62,7 +39,7 @@ def replica(tmp_path: Path) -> Iterator[Replica]:
     (tmp_path / "root").mkdir()
     made = Replica(tmp_path)
     yield made
-    made.applier.close()
+    made.finish()
 
 
 def crossing(monkeypatch: pytest.MonkeyPatch, refuses: Callable[[Any, Any], bool]) -> None:
@@ -102,7 +79,7 @@ def test_a_link_in_the_place_for_staging_is_not_followed(replica: Replica, tmp_p
     (replica.state / "0" / "stage").symlink_to(outside)
     (tmp_path / ".farshore-stage-root").symlink_to(outside)
     (replica.root / ".farshore-stage").symlink_to(outside)
-    replica.applier.close()
+    replica.close()
     replica.open()
     answer = replica.send(Put(0, b"f", FILE, b"x"))
     assert isinstance(answer, Nak)
@@ -124,7 +101,7 @@ def test_staging_leaves_nothing_and_removes_nothing_else(replica: Replica) -> No
     stage.mkdir(parents=True, mode=0o700)
     (stage / "0123456789abcdef").write_text("from a crash")
     (stage / "else").write_text("somebody's")
-    replica.applier.close()
+    replica.close()
     replica.open()
     assert os.listdir(stage) == ["else"]
     assert isinstance(replica.send(Put(0, b"f", FILE, b"x"), Move(0, b"nothing", b"x")), Nak)
@@ -140,7 +117,7 @@ def test_a_root_never_becomes_a_link(replica: Replica, operation: FromSource) ->
 
 
 def test_a_root_may_be_the_administrators_link(replica: Replica, tmp_path: Path) -> None:
-    replica.applier.close()
+    replica.close()
     replica.root.rename(tmp_path / "data")
     replica.root.symlink_to("data")
     replica.open()
@@ -197,7 +174,8 @@ def test_a_filesystem_mounted_below_the_root(replica: Replica, monkeypatch: pyte
     crossing(monkeypatch, lambda source, target: len(source) == 16 and target == b"f")
     meta = Meta(0o640, os.getuid(), os.getgid(), 5, 6, [(b"user.k", b"v")])
     data = bytes(3 << 20) + b"end"
-    assert isinstance(replica.send(Put(0, b"up/f", meta, data)), Ack)
+    replica.source.put(*upload(1, b"up/f", stream(data)))
+    assert isinstance(replica.send(Patch(0, b"up/f", meta, 1)), Ack)
     placed = replica.root / "up" / "f"
     assert placed.read_bytes() == data
     assert (stat.S_IMODE(placed.stat().st_mode), placed.stat().st_mtime_ns) == (0o640, 6)
@@ -208,34 +186,28 @@ def test_a_filesystem_mounted_below_the_root(replica: Replica, monkeypatch: pyte
 def test_no_handle_is_lost_when_nothing_can_be_staged(replica: Replica, monkeypatch: pytest.MonkeyPatch) -> None:
     (replica.root / "f").write_bytes(bytes(100_000))
 
-    def full(_: Stage) -> None:
+    def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(Stage, "create", full)
     before = handles()
     for _ in range(5):
-        answer = replica.send(Patch(0, b"f", FILE, True, False), Chunk(b"", True))
+        replica.source.put(Upload(1, 0, b"f", True, False, 0), Chunk(1, stream(b""), True))
+        answer = replica.source.verdict()
         assert isinstance(answer, Nak)
-        assert not answer.unknown_base
+        assert (answer.seq, answer.unknown_base) == (0, False)
+        replica.disconnect()
     assert handles() == before
 
 
 def test_no_handle_outlives_a_transaction(replica: Replica) -> None:
+    assert isinstance(replica.send(Put(0, b"first", FILE, b"")), Ack)
     before = handles()
     for number in range(3):
         path = b"d%d" % number
         assert isinstance(replica.send(MakeDir(0, path, DIRECTORY), Put(0, path + b"/f", FILE, b"x")), Ack)
         assert isinstance(replica.send(Remove(0, path)), Ack)
     assert handles() == before
-
-
-def test_contents_are_not_kept_in_memory(replica: Replica) -> None:
-    replica.applier.handle([Begin(1, 1), Put(0, b"f", FILE, b"content")])
-    transaction = replica.applier._open
-    assert transaction is not None
-    assert [op.data for op in transaction.operations if isinstance(op, Put)] == [b""]
-    replica.applier.handle([Commit(1)])
-    assert (replica.root / "f").read_text() == "content"
 
 
 @pytest.mark.parametrize(
@@ -249,9 +221,11 @@ def test_contents_are_not_kept_in_memory(replica: Replica) -> None:
 def test_metadata_of_a_transaction_is_bounded(
     replica: Replica, monkeypatch: pytest.MonkeyPatch, operation: FromSource
 ) -> None:
-    monkeypatch.setattr(receiver, "MAX_METADATA", 20_000)
-    with pytest.raises(ProtocolError, match="bytes of metadata"):
-        replica.applier.handle([Begin(1, 1), *[operation] * 5])
+    monkeypatch.setattr(staging, "MAX_METADATA", 20_000)
+    replica.source.put(Begin(1, 1), *[operation] * 5)
+    ended = replica.ended()
+    assert isinstance(ended, ProtocolError)
+    assert "bytes of metadata" in str(ended)
 
 
 def test_a_files_metadata_is_durable(replica: Replica, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -334,22 +308,21 @@ def test_an_ordinary_user_changes_a_read_only_directory(tmp_path: Path, mode: in
 
 def _read_only(meta: Meta, file: Meta) -> None:
     # Relative: the directories above belong to root.
-    os.mkdir("state")
-    applier = Applier([("x", Root(b"./root"))], Path("state"))
+    replica = Replica(Path())
 
-    def send(seq: int, *operations: FromSource) -> None:
-        (answer,) = applier.handle([Begin(1, seq), *operations, Commit(seq)])
+    def send(*operations: FromSource) -> None:
+        answer = replica.send(*operations)
         assert isinstance(answer, Ack), answer
 
     def mode(path: str) -> int:
         return stat.S_IMODE(os.lstat(path).st_mode)
 
-    send(1, MakeDir(0, b"d", meta), Put(0, b"d/f", file, b"1"), MakeDir(0, b"d/e", meta), Put(0, b"d/e/f", file, b"1"))
+    send(MakeDir(0, b"d", meta), Put(0, b"d/f", file, b"1"), MakeDir(0, b"d/e", meta), Put(0, b"d/e/f", file, b"1"))
     assert mode("root/d") == meta.mode
-    send(2, Put(0, b"d/f", file, b"2"), Put(0, b"d/g", file, b"2"))
-    send(3, SetMeta(0, b"d", meta), Move(0, b"d/g", b"d/h"))
+    send(Put(0, b"d/f", file, b"2"), Put(0, b"d/g", file, b"2"))
+    send(SetMeta(0, b"d", meta), Move(0, b"d/g", b"d/h"))
     assert mode("root/d") == meta.mode
-    send(4, MakeDir(0, b"other", meta), Move(0, b"d/e", b"other/e"))
+    send(MakeDir(0, b"other", meta), Move(0, b"d/e", b"other/e"))
     assert (mode("root/d"), mode("root/other")) == (meta.mode, meta.mode)
-    send(5, Remove(0, b"d/h"), Remove(0, b"d"), Remove(0, b"other"))
+    send(Remove(0, b"d/h"), Remove(0, b"d"), Remove(0, b"other"))
     assert os.listdir("root") == []

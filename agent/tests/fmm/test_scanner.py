@@ -6,10 +6,10 @@ import os
 import shutil
 import socket
 import stat
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from farshore.errors import UnsafePath
 from farshore.fmm import FileKind, Observed, Root

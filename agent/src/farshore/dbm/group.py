@@ -73,6 +73,8 @@ class Group:
         self._sender_task: asyncio.Task[None] | None = None
         self._worker = ThreadPoolExecutor(1, thread_name_prefix=f"replica-{name}")
         self._applier: receiver.Applier | None = None
+        #: What the roots were when the applier was used last.
+        self._applier_roots: tuple[int, ...] = ()
         self._session: asyncio.Task[None] | None = None
         self._aside_index: Index | None = None
         self._confirmed = False
@@ -126,6 +128,8 @@ class Group:
             self._dirty,
             self._on_confirmed,
             self._on_stale,
+            self.config.bandwidth,
+            self.config.compress,
         )
         roots = [root for _, root in self._roots]
         self._feed = Feed(lambda: make_watcher("auto", roots), self._dirty, self._sender.wake)
@@ -151,14 +155,18 @@ class Group:
         self._sender = None
         self._paused = False
 
-    async def _stop_replica(self) -> None:
+    async def _end_session(self) -> None:
+        """End the source's stream, if there is one; what can be gone on with is kept for the next."""
         session, self._session = self._session, None
-        if self._applier is not None:
-            self._applier.interrupt()
         if session is not None:
             session.cancel()
             with contextlib.suppress(asyncio.CancelledError, Exception):
                 await session
+
+    async def _stop_replica(self) -> None:
+        if self._applier is not None:
+            self._applier.interrupt()
+        await self._end_session()
         await asyncio.get_running_loop().run_in_executor(self._worker, self._close_applier)
 
     def _on_confirmed(self) -> None:
@@ -333,7 +341,7 @@ class Group:
             writer.write(receiver.CODEC.encode(refusal))
             return
         async with self._change:
-            await self._stop_replica()
+            await self._end_session()
             refusal = self._refusal(hello)
             if refusal is not None:
                 writer.write(receiver.CODEC.encode(refusal))
@@ -346,13 +354,16 @@ class Group:
             self._session = asyncio.current_task()
             loop = asyncio.get_running_loop()
             applier = await loop.run_in_executor(self._worker, self._open_applier)
+            started, uploads = await loop.run_in_executor(self._worker, lambda: (applier.started, applier.suspended()))
         self._on_confirmed()
         lineage = bytes.fromhex(self._record.lineage)
-        writer.write(receiver.CODEC.encode(Welcome(wire.PROTOCOL, lineage, applier.started, self._record.was_in_step)))
+        welcome = Welcome(wire.PROTOCOL, lineage, started, self._record.was_in_step, uploads)
+        writer.write(receiver.CODEC.encode(welcome))
         _log.info("receiving", group=self.name, source=peer, epoch=hello.epoch)
         try:
-            await receiver.serve(reader, writer, peer, applier, self, self._worker)
+            await receiver.serve(reader, writer, peer, applier, self, self._worker, self.config.compress)
         finally:
+            self._applier_roots = self._root_marks()
             if self._session is asyncio.current_task():
                 self._session = None
             _log.info("the source's stream ended", group=self.name, source=peer)
@@ -383,7 +394,11 @@ class Group:
         return tuple(marks)
 
     def _open_applier(self) -> receiver.Applier:
+        if self._applier is not None and self._root_marks() != self._applier_roots:
+            # Another filesystem, perhaps: what was found out about it is worth nothing.
+            self._close_applier()
         if self._applier is None:
+            self._applier_roots = self._root_marks()
             self._applier = receiver.Applier(self._roots, self._state)
             index = self._state / "index.db"
             if self._record.keep_aside:

@@ -7,37 +7,53 @@ is at worst older than the replica, which costs a repetition and never a differe
 
 from __future__ import annotations
 
+import os
 import sqlite3
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from farshore.dbm.messages import INLINE_MAX
 from farshore.errors import StateError
+from farshore.fmm.scanner import kind_of
 from farshore.fmm.types import FileKind, Observed
 
-_VERSION = 1
+_VERSION = 2
 #: The facts that tell which state of which replica the entries are; ``clear`` forgets them.
 LINEAGE = "lineage"
 SEQ = "seq"
 _INT64 = 1 << 63
 _DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
-_SCHEMA = """
+# The directory comes first in the key, so that what lies in one, and all that lies below one, are ranges of it.
+_SCHEMA = f"""
 CREATE TABLE IF NOT EXISTS entries (
-  root INTEGER NOT NULL, path BLOB NOT NULL, parent BLOB, kind INTEGER NOT NULL,
+  root INTEGER NOT NULL, parent BLOB NOT NULL, name BLOB NOT NULL, kind INTEGER NOT NULL,
   mode INTEGER NOT NULL, uid INTEGER NOT NULL, gid INTEGER NOT NULL, size INTEGER NOT NULL,
   mtime_ns INTEGER NOT NULL, ctime_ns INTEGER NOT NULL, dev INTEGER NOT NULL, ino INTEGER NOT NULL,
-  nlink INTEGER NOT NULL, rdev INTEGER NOT NULL, target BLOB, xattrs BLOB NOT NULL, digest BLOB,
-  PRIMARY KEY (root, path)) WITHOUT ROWID;
-CREATE INDEX IF NOT EXISTS by_parent ON entries (root, parent);
+  nlink INTEGER NOT NULL, rdev INTEGER NOT NULL, target BLOB, xattrs BLOB, digest BLOB,
+  PRIMARY KEY (root, parent, name)) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS by_inode ON entries (ino, dev);
+CREATE INDEX IF NOT EXISTS by_size ON entries (size) WHERE kind = {int(FileKind.FILE)} AND size > {INLINE_MAX};
 CREATE TABLE IF NOT EXISTS signatures (
   root INTEGER NOT NULL, path BLOB NOT NULL, signature BLOB NOT NULL, PRIMARY KEY (root, path));
 CREATE TABLE IF NOT EXISTS facts (key TEXT PRIMARY KEY, value BLOB NOT NULL);
 """
-_COLUMNS = "root, path, kind, mode, uid, gid, size, mtime_ns, ctime_ns, dev, ino, nlink, rdev, target, xattrs, digest"
+_COLUMNS = "kind, mode, uid, gid, size, mtime_ns, ctime_ns, dev, ino, nlink, rdev, target, xattrs, digest"
+_GET = f"SELECT {_COLUMNS} FROM entries WHERE root=? AND parent=? AND name=?"  # noqa: S608
+_PUT = "INSERT OR REPLACE INTO entries VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)"
+_IN = f"SELECT name, {_COLUMNS} FROM entries WHERE root=? AND parent=?"  # noqa: S608
+_BY_INODE = f"SELECT parent, name, {_COLUMNS} FROM entries WHERE ino=? AND dev=? AND root=?"  # noqa: S608
+_LIKE = (
+    f"SELECT root, parent, name, {_COLUMNS} FROM entries WHERE size=? AND size>{INLINE_MAX} "  # noqa: S608
+    f"AND kind={int(FileKind.FILE)} AND digest=?"
+)
+_SIZE = f"SELECT 1 FROM entries WHERE size=? AND size>{INLINE_MAX} AND kind={int(FileKind.FILE)} LIMIT 1"  # noqa: S608
+_ALL = f"SELECT root, parent, name, {_COLUMNS} FROM entries ORDER BY root, parent, name"  # noqa: S608
+#: Where the root itself is filed: no directory has this path.
+_ABOVE_ROOT = b"/"
+_TABLES = ("entries", "signatures", "facts")
 _xattr_encoder = msgspec.msgpack.Encoder()
 _xattr_decoder = msgspec.msgpack.Decoder(tuple[tuple[bytes, bytes], ...])
 
@@ -46,8 +62,7 @@ class IndexDamaged(StateError):
     """The index {0} is damaged: {1}"""
 
 
-@dataclass(frozen=True, slots=True)
-class Known:
+class Known(msgspec.Struct, frozen=True, gc=False):
     """What the replica holds at a path, and the identity of what it was made from here.
 
     ``ctime_ns`` is 0 when the content here must be read before it counts as the same: after a comparison with a
@@ -82,6 +97,19 @@ class Known:
             and self.kind == seen.kind
         )
 
+    def is_unchanged(self, status: os.stat_result) -> bool:
+        """True when nothing that lstat tells has changed, as ``same_identity``, and nor have mode and owner."""
+        return (
+            self.ctime_ns == clamp_time(status.st_ctime_ns) != 0
+            and self.ino == status.st_ino
+            and self.dev == status.st_dev
+            and self.size == status.st_size
+            and self.mtime_ns == clamp_time(status.st_mtime_ns)
+            and self.mode == status.st_mode & 0o7777
+            and (self.uid, self.gid) == (status.st_uid, status.st_gid)
+            and self.kind is kind_of(status)
+        )
+
     def listed_alike(self, seen: Observed) -> bool:
         """True for a file that a replica which was in step has listed with what was seen, of one name only."""
         return (
@@ -108,9 +136,16 @@ def parent_of(path: bytes) -> bytes | None:
     return path.rpartition(b"/")[0] if path else None
 
 
-def below(path: bytes) -> tuple[bytes, bytes]:
-    """Half-open range of the paths strictly below ``path``; b"0" follows b"/" in byte order."""
-    return (path + b"/", path + b"0") if path else (b"\x01", b"\xff" * 4200)
+def _split(path: bytes) -> tuple[bytes, bytes]:
+    """The key of a path: its directory and its name."""
+    if not path:
+        return _ABOVE_ROOT, b""
+    above, _, name = path.rpartition(b"/")
+    return above, name
+
+
+def _joined(parent: bytes, name: bytes) -> bytes:
+    return parent + b"/" + name if parent and name else name
 
 
 def clamp_time(nanoseconds: int) -> int:
@@ -151,8 +186,11 @@ class Index:
             self._db.execute("PRAGMA synchronous=NORMAL")
             self._db.execute("PRAGMA cache_size=-32768")
             (version,) = self._db.execute("PRAGMA user_version").fetchone()
-            if version not in (0, _VERSION):
+            if version > _VERSION:
                 raise StateError(str(path), f"is of version {version}; this program knows {_VERSION}")
+            if 0 < version < _VERSION:
+                # All that it holds can be learnt anew by a full comparison, which costs less than a conversion's bugs.
+                self._db.executescript("".join(f"DROP TABLE IF EXISTS {name};" for name in _TABLES))
             self._db.executescript(_SCHEMA + f"PRAGMA user_version={_VERSION};")
         except BaseException as error:
             self._db.close()
@@ -211,49 +249,64 @@ class Index:
 
     def get(self, root: int, path: bytes) -> Known | None:
         """What is known of one path."""
-        row = self._db.execute(
-            f"SELECT {_COLUMNS} FROM entries WHERE root=? AND path=?",  # noqa: S608
-            (root, path),
-        ).fetchone()
-        return _known(row) if row else None
+        row = self._db.execute(_GET, (root, *_split(path))).fetchone()
+        return _known(root, path, row) if row else None
+
+    def entries_in(self, root: int, path: bytes) -> dict[bytes, Known]:
+        """What is known directly below a directory, by path."""
+        found = {}
+        for name, *row in self._db.execute(_IN, (root, path)):
+            below = path + b"/" + name if path else name
+            found[below] = _known(root, below, row)
+        return found
 
     def by_inode(self, root: int, dev: int, ino: int) -> list[Known]:
         """The paths of ``root`` that were made from this inode."""
-        rows = self._db.execute(
-            f"SELECT {_COLUMNS} FROM entries WHERE ino=? AND dev=? AND root=?",  # noqa: S608
-            (_signed(ino), _signed(dev), root),
-        )
-        return [_known(row) for row in rows]
+        rows = self._db.execute(_BY_INODE, (_signed(ino), _signed(dev), root)).fetchall()
+        return [_known(root, _joined(parent, name), row) for parent, name, *row in rows]
+
+    def like(self, size: int, digest: bytes) -> list[Known]:
+        """The large files of the replica that have this size in bytes and this BLAKE3-256."""
+        rows = self._db.execute(_LIKE, (size, digest)).fetchall()
+        return [_known(root, _joined(parent, name), row) for root, parent, name, *row in rows]
+
+    def has_size(self, size: int) -> bool:
+        """True when the replica has a large file of this size in bytes."""
+        return self._db.execute(_SIZE, (size,)).fetchone() is not None
 
     def linked_below(self, root: int, path: bytes) -> list[Known]:
         """The files below a directory that had more than one name."""
-        low, high = below(path)
-        rows = self._db.execute(
-            f"SELECT {_COLUMNS} FROM entries WHERE root=? AND path>=? AND path<? AND nlink>1 AND kind=?",  # noqa: S608
-            (root, low, high, int(FileKind.FILE)),
-        )
-        return [_known(row) for row in rows]
+        found = []
+        for where, values in _below(path):
+            query = (
+                f"SELECT parent, name, {_COLUMNS} FROM entries "  # noqa: S608
+                f"WHERE root=? AND {where} AND nlink>1 AND kind={int(FileKind.FILE)}"
+            )
+            for parent, name, *row in self._db.execute(query, (root, *values)):
+                found.append(_known(root, _joined(parent, name), row))
+        return found
 
     def longest_below(self, root: int, path: bytes) -> int:
         """Length of the longest known path below a directory; 0 when nothing is known below it."""
-        low, high = below(path)
-        query = "SELECT max(length(path)) FROM entries WHERE root=? AND path>=? AND path<?"
-        return int(self._db.execute(query, (root, low, high)).fetchone()[0] or 0)
+        longest = 0
+        for where, values in _below(path):
+            query = f"SELECT max(length(parent) + 1 + length(name)) FROM entries WHERE root=? AND {where}"  # noqa: S608
+            longest = max(longest, int(self._db.execute(query, (root, *values)).fetchone()[0] or 0))
+        return longest
 
     def children(self, root: int, path: bytes) -> list[bytes]:
         """Paths directly below a directory."""
-        rows = self._db.execute("SELECT path FROM entries WHERE root=? AND parent=?", (root, path))
-        return [bytes(row[0]) for row in rows]
+        rows = self._db.execute("SELECT name FROM entries WHERE root=? AND parent=?", (root, path))
+        return [_joined(path, name) for (name,) in rows]
 
     def put(self, entry: Known) -> None:
         """Take over an entry, replacing what was known of its path."""
         self._db.execute(
-            "INSERT OR REPLACE INTO entries VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
+            _PUT,
             (
                 entry.root,
-                entry.path,
-                parent_of(entry.path),
-                int(entry.kind),
+                *_split(entry.path),
+                entry.kind.value,
                 entry.mode,
                 entry.uid,
                 entry.gid,
@@ -265,7 +318,7 @@ class Index:
                 entry.nlink,
                 _signed(entry.rdev),
                 entry.target,
-                _xattr_encoder.encode(entry.xattrs),
+                _xattr_encoder.encode(entry.xattrs) if entry.xattrs else None,
                 entry.digest,
             ),
         )
@@ -277,26 +330,29 @@ class Index:
 
     def remove(self, root: int, path: bytes) -> None:
         """Forget a path and all below it."""
-        low, high = below(path)
-        for table in ("entries", "signatures"):
-            self._db.execute(
-                f"DELETE FROM {table} WHERE root=? AND (path=? OR (path>=? AND path<?))",  # noqa: S608
-                (root, path, low, high),
-            )
+        self._db.execute("DELETE FROM entries WHERE root=? AND parent=? AND name=?", (root, *_split(path)))
+        for where, values in _below(path):
+            self._db.execute(f"DELETE FROM entries WHERE root=? AND {where}", (root, *values))  # noqa: S608
+        self._db.execute(
+            "DELETE FROM signatures WHERE root=? AND (path=? OR (path>=? AND path<?))",
+            (root, path, path + b"/", path + b"0") if path else (root, b"", b"", b"\xff" * 4200),
+        )
 
     def move(self, root: int, path: bytes, to: bytes) -> None:
         """What was known at ``path`` and below is known at ``to``."""
         self.remove(root, to)
-        low, high = below(path)
-        rows = self._db.execute(
-            "SELECT path FROM entries WHERE root=? AND (path=? OR (path>=? AND path<?))", (root, path, low, high)
-        ).fetchall()
-        for (old,) in rows:
-            new = to + bytes(old)[len(path) :]
+        parent, name = _split(to)
+        self._db.execute(
+            "UPDATE entries SET parent=?, name=? WHERE root=? AND parent=? AND name=?",
+            (parent, name, root, *_split(path)),
+        )
+        for column, table in (("parent", "entries"), ("path", "signatures")):
+            # "||" makes text of bytes, without looking at them; the cast takes that back.
             self._db.execute(
-                "UPDATE entries SET path=?, parent=? WHERE root=? AND path=?", (new, parent_of(new), root, old)
+                f"UPDATE {table} SET {column}=CAST(? || substr({column}, ?) AS BLOB) "  # noqa: S608
+                f"WHERE root=? AND ({column}=? OR ({column}>=? AND {column}<?))",
+                (to, len(path) + 1, root, path, path + b"/", path + b"0"),
             )
-            self._db.execute("UPDATE signatures SET path=? WHERE root=? AND path=?", (new, root, old))
 
     # --- signatures of large files
 
@@ -313,8 +369,16 @@ class Index:
             self._db.execute("INSERT OR REPLACE INTO signatures VALUES (?,?,?)", (root, path, signature))
 
     def __iter__(self) -> Iterator[Known]:
-        for row in self._db.execute(f"SELECT {_COLUMNS} FROM entries ORDER BY root, path"):  # noqa: S608
-            yield _known(row)
+        for root, parent, name, *row in self._db.execute(_ALL):
+            yield _known(root, _joined(parent, name), row)
+
+
+def _below(path: bytes) -> list[tuple[str, tuple[bytes, ...]]]:
+    """Conditions that together, and each for itself a range of the key, are true of all that lies below ``path``."""
+    if not path:
+        return [("parent<>?", (_ABOVE_ROOT,))]
+    # "0" follows "/" in the order of bytes.
+    return [("parent=?", (path,)), ("parent>=? AND parent<?", (path + b"/", path + b"0"))]
 
 
 def _signed(number: int) -> int:
@@ -322,10 +386,23 @@ def _signed(number: int) -> int:
     return number - (1 << 64) if number >= 1 << 63 else number
 
 
-def _known(row: tuple[Any, ...]) -> Known:
-    values = list(row)
-    for i in (9, 10, 12):
-        values[i] %= 1 << 64
-    values[2] = FileKind(values[2])
-    values[14] = _xattr_decoder.decode(values[14])
-    return Known(*values)
+def _known(root: int, path: bytes, row: Sequence[Any]) -> Known:
+    kind, mode, uid, gid, size, mtime_ns, ctime_ns, dev, ino, nlink, rdev, target, xattrs, digest = row
+    return Known(
+        root,
+        path,
+        FileKind(kind),
+        mode,
+        uid,
+        gid,
+        size,
+        mtime_ns,
+        ctime_ns,
+        dev % (1 << 64),
+        ino % (1 << 64),
+        nlink,
+        rdev % (1 << 64),
+        target,
+        _xattr_decoder.decode(xattrs) if xattrs else (),
+        digest,
+    )

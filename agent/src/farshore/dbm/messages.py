@@ -1,15 +1,17 @@
 """What source and replica of one group say to each other.
 
 One connection carries one group, so that a group that is slow, held or paused never stands in the way of another:
-TCP does the multiplexing and the back-pressure. The source leads; the replica answers. A transaction is ``Begin``,
-its operations (a ``Patch`` is followed by the ``Chunk`` frames of its delta), and ``Commit``.
+TCP does the multiplexing and the back-pressure. The source leads and does not wait: transactions follow each other,
+and the replica acknowledges them cumulatively. A transaction is ``Begin``, its operations, and ``Commit``. The
+content of a large file comes before the transaction that puts it into place, as an upload (``Upload`` and its
+``Chunk`` frames), in pieces between transactions and within them, so that it holds nothing up.
 """
 
 from __future__ import annotations
 
 import msgspec
 
-#: A file up to this size travels whole within its Put; above it, as a delta stream in chunks.
+#: A file up to this size travels whole within its Put; above it, as an upload.
 INLINE_MAX = 64 << 10
 
 
@@ -49,16 +51,23 @@ class Put(_Message, frozen=True, tag="f"):
 
 
 class Patch(_Message, frozen=True, tag="p"):
-    """``path`` is a file with the content that the delta stream in the following chunks builds.
-
-    With ``based``, the delta refers to what ``path`` holds on the replica now.
-    """
+    """``path`` is a file with the content of an upload, all of whose chunks were sent before."""
 
     root: int
     path: bytes
     meta: Meta
-    based: bool
-    sparse: bool
+    upload: int
+
+
+class Copy(_Message, frozen=True, tag="y"):
+    """``path`` is a file with the content of the file at ``source``, whose BLAKE3-256 is ``digest``."""
+
+    root: int
+    path: bytes
+    meta: Meta
+    source_root: int
+    source: bytes
+    digest: bytes
 
 
 class MakeSymlink(_Message, frozen=True, tag="s"):
@@ -111,7 +120,7 @@ class SetMeta(_Message, frozen=True, tag="a"):
     meta: Meta
 
 
-Operation = MakeDir | Put | Patch | MakeSymlink | MakeNode | Link | Move | Remove | SetMeta
+Operation = MakeDir | Put | Patch | Copy | MakeSymlink | MakeNode | Link | Move | Remove | SetMeta
 
 
 # --- source to replica -------------------------------------------------------------------------------
@@ -149,11 +158,34 @@ class Begin(_Message, frozen=True, tag="begin"):
     seq: int
 
 
-class Chunk(_Message, frozen=True, tag="c"):
-    """A piece of a delta stream or of a signature."""
+class Upload(_Message, frozen=True, tag="u"):
+    """Content for a file begins to come: a delta stream, in the chunks that bear the number ``upload``.
 
+    With ``based``, the delta refers to what ``path`` holds on the replica after the transactions before this frame.
+    ``sparse``: zeros become holes. ``skip`` above 0 goes on with the upload that Welcome named for this path, of
+    whose delta the replica has that many bytes; the chunks continue there.
+    """
+
+    upload: int
+    root: int
+    path: bytes
+    based: bool
+    sparse: bool
+    skip: int
+
+
+class Chunk(_Message, frozen=True, tag="c"):
+    """The next piece of an upload's delta stream; ``last``: the stream is complete."""
+
+    upload: int
     data: bytes
     last: bool
+
+
+class Drop(_Message, frozen=True, tag="drop"):
+    """An upload is not needed any more, complete or not."""
+
+    upload: int
 
 
 class Commit(_Message, frozen=True, tag="commit"):
@@ -175,13 +207,16 @@ FromSource = (
     | ListTree
     | WantSignature
     | Begin
+    | Upload
     | Chunk
+    | Drop
     | Commit
     | InStep
     | Ping
     | MakeDir
     | Put
     | Patch
+    | Copy
     | MakeSymlink
     | MakeNode
     | Link
@@ -193,19 +228,30 @@ FromSource = (
 # --- replica to source -------------------------------------------------------------------------------
 
 
+class Partial(msgspec.Struct, frozen=True, array_like=True):
+    """An upload that a broken link cut off: the replica has ``received`` bytes of its delta, with BLAKE3 ``digest``."""
+
+    root: int
+    path: bytes
+    based: bool
+    received: int
+    digest: bytes
+
+
 class Welcome(_Message, frozen=True, tag="welcome"):
     """``lineage`` names the history of this replica's tree: a source that knows another one compares in full.
 
-    ``started`` is the last transaction that the replica began to apply. One more than the source has an
-    acknowledgement for: that transaction may have been applied in full, in part, or not at all. ``was_in_step``:
+    ``started`` is the last transaction that the replica began to apply: what the source has no acknowledgement for
+    up to there may have been applied in full, in part, or not at all, and what comes after it was not. ``was_in_step``:
     this side was frozen and in step with the source when it became the replica, so a comparison need not read
-    contents.
+    contents. ``uploads`` can be gone on with; those that are not are dropped when the replica is in step.
     """
 
     protocol: int
     lineage: bytes
     started: int
     was_in_step: bool
+    uploads: list[Partial]
 
 
 class Refused(_Message, frozen=True, tag="refused"):
@@ -217,14 +263,14 @@ class Refused(_Message, frozen=True, tag="refused"):
 
 
 class Ack(_Message, frozen=True, tag="ack"):
-    """Transaction ``seq`` is durable; ``problems`` names metadata that could not be kept, once per cause."""
+    """All transactions up to ``seq`` are durable; ``problems`` names metadata that could not be kept, by cause."""
 
     seq: int
     problems: list[str]
 
 
 class Nak(_Message, frozen=True, tag="nak"):
-    """Transaction ``seq`` was not taken.
+    """Transaction ``seq`` (0: an upload) was not taken, nor will be anything that follows on this connection.
 
     With ``unknown_base``, what the source believes of ``path`` is wrong: it must forget it and send anew. Otherwise
     the cause is the replica's (a full disk, for example) and the same transaction may succeed later.
@@ -258,6 +304,13 @@ class Entries(_Message, frozen=True, tag="entries"):
     last: bool
 
 
+class SignaturePart(_Message, frozen=True, tag="sign"):
+    """A piece of the signature that was wanted."""
+
+    data: bytes
+    last: bool
+
+
 class NoSignature(_Message, frozen=True, tag="no-sign"):
     """There is no file at the path that a signature was wanted of."""
 
@@ -266,4 +319,4 @@ class Pong(_Message, frozen=True, tag="pong"):
     """I am here."""
 
 
-FromReplica = Welcome | Refused | Ack | Nak | Entries | Chunk | NoSignature | Pong
+FromReplica = Welcome | Refused | Ack | Nak | Entries | SignaturePart | NoSignature | Pong

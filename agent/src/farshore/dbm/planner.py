@@ -8,42 +8,44 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 import time
-from collections.abc import Generator, Iterable
-from dataclasses import dataclass, field, replace
-from io import FileIO
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 import blake3
+from msgspec.structs import replace
 
-from farshore import delta
 from farshore.dbm import wire
 from farshore.dbm.index import Index, Known, clamp_time, parent_of
 from farshore.dbm.messages import (
     INLINE_MAX,
-    Chunk,
-    FromSource,
+    Begin,
+    Commit,
+    Copy,
+    Drop,
     Link,
     MakeDir,
     MakeNode,
     MakeSymlink,
     Meta,
     Move,
+    Operation,
     Patch,
     Put,
     Remove,
     SetMeta,
-    WantSignature,
 )
 from farshore.dbm.replica import paths
-from farshore.errors import FarshoreError, UnsafePath
+from farshore.dbm.work import Batch, Content, Job, Work
+from farshore.errors import UnsafePath
 from farshore.fmm import scanner
-from farshore.fmm.dirty import Dirty
 from farshore.fmm.patterns import Filter
 from farshore.fmm.types import FileKind, Hint, Kind, Observed, Root
 
 #: A transaction is closed after so many operations or bytes of content.
 MAX_OPERATIONS = 1000
-MAX_BYTES = 16 << 20
+MAX_BYTES = 4 << 20
 #: It is closed after so much time of looking, too: what changes now must not wait for the end of a long walk.
 LOOK_SECONDS = 0.25
 #: The longest path that a replica takes.
@@ -51,112 +53,133 @@ MAX_PATH = 4096
 #: Two changes within one tick of the kernel's clock leave equal times (10 ms at HZ=100): who changed so shortly
 #: before being read may change again unseen by lstat, as in git's "racy" index entries.
 _RACY_NS = 20_000_000
-_READ = 1 << 20
 #: Extended attributes beyond this would not fit into a frame together with the rest of a message.
 _MAX_XATTRS = wire.MAX_FRAME - INLINE_MAX - 4 * MAX_PATH
 _XATTR_OVERHEAD = 16
+_INT64 = 1 << 63
 _CONTENT = Kind.MODIFIED | Kind.CREATED | Kind.MOVED_TO
-#: What the planner yields goes to the replica; a WantSignature is answered by the bytes sent into the generator.
-Messages = Generator[FromSource, bytes | None, None]
-
-
-class SourceUnreadable(FarshoreError):
-    """{0!r} cannot be read any further: {1}"""
 
 
 class _Unobservable(Exception):
     """An error hides whether a path exists. It is noted as a problem; whoever wanted to know gives the path up."""
 
 
-class _NextTransaction(Exception):
-    """A delta needs a base that this transaction makes: bases are opened before a transaction is applied."""
-
-
 @dataclass
-class Batch:
-    """Dirty paths taken together, and what is left to do for them."""
+class Planned:
+    """A transaction to send. ``frames`` is empty when there is nothing to tell; ``loose`` frames belong to none.
 
-    items: list[Dirty]
-    walks: list[tuple[int, bytes]] = field(default_factory=list)
-    todo: list[tuple[int, bytes, Kind]] = field(default_factory=list)
-    vanished: list[tuple[int, bytes]] = field(default_factory=list)
+    ``changed`` names the paths that it changes on the replica; with ``drastic``, a directory is moved, removed or
+    replaced, so that what is below it changes too. ``ended``: works of which nothing is left to do.
+    """
 
-    def __post_init__(self) -> None:
-        # A stack: the last is next, so parents stay before their children.
-        self.todo = [(item.root, item.path, item.kind) for item in reversed(self.items)]
-
-    @property
-    def finished(self) -> bool:
-        """True when nothing is left to do."""
-        return not (self.walks or self.todo or self.vanished)
+    seq: int
+    frames: list[bytes] = field(default_factory=list)
+    loose: list[bytes] = field(default_factory=list)
+    operations: int = 0
+    content: int = 0
+    changed: set[tuple[int, bytes]] = field(default_factory=set)
+    drastic: bool = False
+    ended: list[Work] = field(default_factory=list)
 
 
 class Planner:
-    """Plans the transactions of one group. ``again`` holds hints for what changed while it was read."""
+    """Plans the transactions of one group of ``epoch``.
 
-    def __init__(self, index: Index, roots: list[Root]) -> None:
+    The index is ahead of the replica: it tells what the replica will have when all that was planned has come through.
+    ``again`` holds hints for what changed while it was read, ``new_jobs`` large files that are to be read.
+    """
+
+    def __init__(self, index: Index, roots: list[Root], epoch: int) -> None:
         self._index = index
         self._roots = roots
+        self._epoch = epoch
         self._filters = [Filter(root) for root in roots]
+        self._directories = [scanner.Directories(root.path) for root in roots]
+        self._jobs: dict[tuple[int, bytes], Job] = {}
+        self._plan = Planned(0)
         self._touched: set[tuple[int, bytes]] = set()
-        self._remade: set[tuple[int, bytes]] = set()
-        self._cut = False
-        self._operations = 0
-        self._bytes = 0
-        self._looked = self._resumed = 0.0
+        # Directories that the replica surely has, as nothing was moved or removed since that was looked up.
+        self._made: set[tuple[int, bytes]] = set()
+        # The last inode of which the index knew no path.
+        self._lonely = (-1, 0, 0)
+        self._content_sent = False
         # Files that failed in the middle of their content, with their ctime then.
         self._unreadable: dict[tuple[int, bytes], int] = {}
         self.again: list[Hint] = []
+        self.new_jobs: list[Job] = []
         #: Roots that are missing, or look as if they were not mounted: what is protected cannot be told from them.
         self.absent_roots: set[int] = set()
         #: Paths that were looked at so far.
         self.looked_at = 0
-        #: What the transaction changes on the replica; ``drastic`` when a directory is moved, removed or replaced.
-        self.changed: set[tuple[int, bytes]] = set()
-        self.drastic = False
         #: What could not be read or told, by root, path and what of it ("root", "state", ...), with the reason.
         self.problems: dict[tuple[int, bytes, str], str] = {}
 
-    def transaction(self, batch: Batch) -> Messages:
-        """The operations of the next transaction for ``batch``; none when there is nothing to tell.
+    def transaction(self, batch: Batch, seq: int) -> Planned:
+        """Do a part of what is left of ``batch``: the next transaction, number ``seq``.
 
-        Raises SourceUnreadable when a file fails in the middle of its content: the transaction is lost.
+        Bounded in operations, bytes and time; a batch that is not finished is given in again.
         """
-        steps = self._steps(batch)
-        answer: bytes | None = None
-        self._looked = 0.0
-        while True:
-            self._resumed = time.monotonic()
-            try:
-                message = steps.send(answer)
-            except StopIteration:
-                return
-            # The time that whoever takes the message needs is not ours.
-            self._looked += time.monotonic() - self._resumed
-            answer = yield message
-
-    def _steps(self, batch: Batch) -> Messages:
-        self._operations = self._bytes = 0
-        self._cut = False
+        plan = self._plan = Planned(seq)
         self._touched.clear()
-        self._remade.clear()
-        self.changed.clear()
-        self.drastic = False
-        while not (batch.finished or self._cut or self._operations >= MAX_OPERATIONS or self._bytes >= MAX_BYTES):
-            with contextlib.suppress(_Unobservable):
-                yield from self._step(batch)
-            if self._looked + time.monotonic() - self._resumed >= LOOK_SECONDS:
-                break
-        yield from self._directories()
+        self._made.clear()
+        until = time.monotonic() + LOOK_SECONDS
+        try:
+            while not (batch.finished or plan.operations >= MAX_OPERATIONS or plan.content >= MAX_BYTES):
+                work = self._step(batch)
+                work.left -= 1
+                if not work.left:
+                    plan.ended.append(work)
+                if time.monotonic() >= until:
+                    break
+            self._set_directories()
+        finally:
+            # They show what was there when they were opened, and a later batch must see what came since.
+            for directories in self._directories:
+                directories.forget()
+        if plan.frames:
+            plan.frames.insert(0, wire.frame(Begin(self._epoch, seq)))
+            plan.frames.append(wire.frame(Commit(seq)))
+        return plan
 
-    def _step(self, batch: Batch) -> Messages:
+    def deliver(self, job: Job) -> Batch:
+        """The batch that tells of a file that was read, and looks once more for all who waited for it."""
+        batch = Batch(list(job.works))
+        for work in reversed(job.works):
+            batch.look(job.root, job.path, Kind.RESCAN if work is not job.works[0] else Kind.MODIFIED, work)
+            work.left -= 1  # that it waited for the job
+        return batch
+
+    def forget_jobs(self) -> None:
+        """No file is being read any more."""
+        self._jobs.clear()
+        self.new_jobs.clear()
+
+    def _step(self, batch: Batch) -> Work:
         if batch.todo:
-            root, path, kind = batch.todo.pop()
-            yield from self._look(batch, root, path, kind)
+            root, path, kind, work = batch.todo.pop()
+            with contextlib.suppress(_Unobservable):
+                self._look(batch, root, path, kind, work)
+            if self._jobs:
+                self._drop_unused(root, path)
         elif batch.walks:
-            self._list(batch, *batch.walks.pop())
+            root, path, work = batch.walks.pop()
+            self._list(batch, root, path, work)
         else:
-            yield from self._gone(batch, *batch.vanished.pop())
+            root, path, work = batch.vanished.pop()
+            with contextlib.suppress(_Unobservable):
+                self._gone(batch, root, path, work)
+        return work
+
+    def _drop_unused(self, root: int, path: bytes) -> None:
+        """What was read of a file is of no use when the file has become something else meanwhile."""
+        job = self._jobs.get((root, path))
+        if job is not None and (job.content is not None or job.problem is not None):
+            del self._jobs[root, path]
+            self._drop(job)
+
+    def _drop(self, job: Job) -> None:
+        if job.number:
+            self._plan.loose.append(wire.frame(Drop(job.number)))
 
     def doubt(self, paths: Iterable[tuple[int, bytes]]) -> list[Hint]:
         """Of what the replica has at ``paths`` nothing is certain any more, not even that it has nothing there.
@@ -184,15 +207,28 @@ class Planner:
 
     def _note(self, root: int, path: bytes, what: str, why: str | None) -> None:
         """``why`` keeps ``what`` of the path from being replicated; None when nothing does any more."""
-        if why is None:
-            self.problems.pop((root, path, what), None)
-        else:
+        if why is not None:
             self.problems[root, path, what] = f"{os.fsdecode(self._where(root, path))}: {why}"
+        elif self.problems:
+            self.problems.pop((root, path, what), None)
 
     def _forget_problems(self, root: int, path: bytes) -> None:
         """Nothing is at ``path``, so nothing is wrong there or below."""
         for key in [k for k in self.problems if k[0] == root and (k[1] == path or k[1].startswith(path + b"/"))]:
             del self.problems[key]
+
+    def _lstat(self, root: int, path: bytes) -> os.stat_result | None:
+        """What lstat tells of a path below a root, None when nothing is there.
+
+        Raises _Unobservable when neither can be found out.
+        """
+        try:
+            status = scanner.look(self._directories[root], path)
+        except OSError as error:
+            self._note(root, path, "state", _reason(error))
+            raise _Unobservable from error
+        self._note(root, path, "state", None)
+        return status
 
     def _observe(self, root: int, path: bytes) -> Observed | None:
         """The state of a path as it can be told to the replica, None when nothing is there.
@@ -207,33 +243,36 @@ class Planner:
                 self._absent(root, _reason(error))
             raise _Unobservable from error
         self._note(root, path, "state", None)
-        if seen is None:
-            return None
+        return None if seen is None else self._tellable(seen)
+
+    def _tellable(self, seen: Observed) -> Observed:
+        """What was seen, within what a message can hold."""
         size = sum(len(name) + len(value) + _XATTR_OVERHEAD for name, value in seen.xattrs)
         if size > _MAX_XATTRS:
-            self._note(root, path, "xattrs", f"its extended attributes are too large to be replicated ({size} bytes)")
+            why = f"its extended attributes are too large to be replicated ({size} bytes)"
+            self._note(seen.root, seen.path, "xattrs", why)
             seen = replace(seen, xattrs=())
         else:
-            self._note(root, path, "xattrs", None)
-        times = (seen.atime_ns, seen.mtime_ns, seen.ctime_ns)
-        atime, mtime, ctime = map(clamp_time, times)
-        if times != (atime, mtime, ctime):
+            self._note(seen.root, seen.path, "xattrs", None)
+        if not all(-_INT64 <= time_ns < _INT64 for time_ns in (seen.atime_ns, seen.mtime_ns, seen.ctime_ns)):
+            atime, mtime, ctime = map(clamp_time, (seen.atime_ns, seen.mtime_ns, seen.ctime_ns))
             seen = replace(seen, atime_ns=atime, mtime_ns=mtime, ctime_ns=ctime)
         return seen
 
-    def _glimpse(self, root: int, path: bytes) -> Observed | None:
-        """What is observed at ``path``; None also when that fails."""
+    def _is_inode(self, root: int, path: bytes, dev: int, ino: int) -> bool:
+        """True when just this inode is at ``path`` now; False also when that cannot be found out."""
         try:
-            return self._observe(root, path)
+            status = self._lstat(root, path) if path else None
         except _Unobservable:
-            return None
+            return False
+        return status is not None and (status.st_dev, status.st_ino) == (dev, ino)
 
-    def _list(self, batch: Batch, root: int, path: bytes) -> None:
+    def _list(self, batch: Batch, root: int, path: bytes, work: Work) -> None:
         """Look at everything in one directory, and at what should be there and is not."""
         try:
             names = [name for name, _ in scanner.list_directory(self._roots[root].path, path, self._filters[root])]
         except (FileNotFoundError, NotADirectoryError):
-            batch.vanished.append((root, path))
+            batch.vanish(root, path, work)
             return
         except OSError as error:
             self._note(root, path, "entries", _reason(error))
@@ -241,37 +280,56 @@ class Planner:
         self._note(root, path, "entries", None)
         prefix = path + b"/" if path else b""
         there = {prefix + name for name in names}
-        batch.todo.extend((root, child, Kind.RESCAN) for child in sorted(there, reverse=True))
+        for child in sorted(there, reverse=True):
+            batch.look(root, child, Kind.RESCAN, work)
         for child in self._index.children(root, path):
             if child in there:
                 continue
             known = self._index.get(root, child)
             if known and self._filters[root].allows(child, known.kind is FileKind.DIRECTORY):
-                batch.vanished.append((root, child))
+                batch.vanish(root, child, work)
             else:
                 self._index.remove(root, child)
 
-    def _look(self, batch: Batch, root: int, path: bytes, kind: Kind) -> Messages:
+    def _look(self, batch: Batch, root: int, path: bytes, kind: Kind, work: Work) -> None:
         self.looked_at += 1
         if not self._can_name(root, path):
             return
-        seen = self._observe(root, path)
-        if seen is None:
-            batch.vanished.append((root, path))
-            return
         if not path:
-            if not self._has_root(root):
-                return
-            self._present(seen)
-        if path and not self._filters[root].allows(path, seen.kind is FileKind.DIRECTORY):
-            known = self._index.get(root, path)
+            self._look_at_root(batch, root, kind, work)
+            return
+        status = self._lstat(root, path)
+        if status is None:
+            batch.vanish(root, path, work)
+            return
+        is_directory = stat.S_ISDIR(status.st_mode)
+        known = self._index.get(root, path)
+        if not self._filters[root].allows(path, is_directory):
             if known is not None and self._filters[root].allows(path, known.kind is FileKind.DIRECTORY):
                 # What was protected is gone; something that is not took its place.
-                yield from self._remove(batch, known)
+                self._remove(batch, known, work)
             return
-        yield from self._sync(batch, seen, bool(kind & _CONTENT))
+        if kind is not Kind.RESCAN or known is None or not known.is_unchanged(status):
+            self._sync(batch, status, root, path, known, bool(kind & _CONTENT), work)
+        if is_directory and Kind.RESCAN in kind:
+            batch.walk(root, path, work)
+
+    def _look_at_root(self, batch: Batch, root: int, kind: Kind, work: Work) -> None:
+        seen = self._observe(root, b"")
+        if seen is None:
+            batch.vanish(root, b"", work)
+            return
+        if not self._has_root(root):
+            return
+        self._present(seen)
+        known = self._index.get(root, b"")
+        if seen.kind is FileKind.FILE:
+            # A root that is a single file has no directory of ours to be looked up in.
+            self._sync_file(batch, seen, known, bool(kind & _CONTENT), work)
+        else:
+            self._sync_other(batch, seen, known, work)
         if Kind.RESCAN in kind and seen.kind is FileKind.DIRECTORY:
-            batch.walks.append((root, path))
+            batch.walk(root, b"", work)
 
     def _can_name(self, root: int, path: bytes) -> bool:
         """False for what is too long for the replica: it is a problem, not to be sent."""
@@ -329,11 +387,11 @@ class Planner:
             return True
         return False
 
-    def _gone(self, batch: Batch, root: int, path: bytes) -> Messages:
+    def _gone(self, batch: Batch, root: int, path: bytes, work: Work) -> None:
         known = self._index.get(root, path)
         seen = self._observe(root, path)
         if seen is not None:
-            batch.todo.append((root, path, Kind.RESCAN))
+            batch.look(root, path, Kind.RESCAN, work)
         elif not path:
             # An unmounted or vanished root is a fault here, not a wish to empty the replica.
             self._absent(root, "the protected path is missing")
@@ -341,14 +399,14 @@ class Planner:
             self._forget_problems(root, path)
             self._unreadable.pop((root, path), None)
             if known is not None:
-                yield from self._remove(batch, known)
+                self._remove(batch, known, work)
 
-    def _remove(self, batch: Batch, known: Known) -> Messages:
-        self._look_at_other_names(batch, known)
-        yield from self._emit(Remove(known.root, known.path))
+    def _remove(self, batch: Batch, known: Known, work: Work) -> None:
+        self._look_at_other_names(batch, known, work)
+        self._emit(Remove(known.root, known.path))
         self._index.remove(known.root, known.path)
 
-    def _look_at_other_names(self, batch: Batch, lost: Known) -> None:
+    def _look_at_other_names(self, batch: Batch, lost: Known, work: Work) -> None:
         """A name is lost: what was written through it shows under the other names of the file, unannounced."""
         if lost.kind is FileKind.DIRECTORY:
             names = self._index.linked_below(lost.root, lost.path)
@@ -357,38 +415,43 @@ class Planner:
         for name in names:
             for other in self._index.by_inode(name.root, name.dev, name.ino) if name.ino else ():
                 if other.path != name.path:
-                    batch.todo.append((other.root, other.path, Kind.MODIFIED))
+                    batch.look(other.root, other.path, Kind.MODIFIED, work)
 
     # --- what to tell
 
-    def _emit(self, message: FromSource, size: int = 0) -> Messages:
-        self._operations += 1
-        self._bytes += size
-        if isinstance(message, (Put, Patch, Link)):
-            self._remade.add((message.root, message.path))
-        elif isinstance(message, Move):
-            self._remade.add((message.root, message.to))
-        for path in (getattr(message, "path", None), getattr(message, "to", None)):
-            if path is None:
-                continue
-            root: int = message.root  # type: ignore[union-attr]
-            self.changed.add((root, path))
-            if isinstance(message, (Move, Remove)):
-                known = self._index.get(root, path)
-                self.drastic |= known is not None and known.kind is FileKind.DIRECTORY
-            parent = parent_of(path)
-            if parent is not None:
-                self._touched.add((root, parent))
-        yield message
+    def _emit(self, operation: Operation, content: int = 0) -> None:
+        plan = self._plan
+        plan.operations += 1
+        plan.content += content
+        plan.frames.append(wire.frame(operation))
+        root = operation.root
+        self._touch(root, operation.path)
+        if isinstance(operation, (Move, Remove)):
+            self._made.clear()
+        if isinstance(operation, Move):
+            self._touch(root, operation.to)
+            self._note_drastic(root, operation.path)
+            self._note_drastic(root, operation.to)
+        elif isinstance(operation, Remove):
+            self._note_drastic(root, operation.path)
 
-    def _directories(self) -> Messages:
+    def _touch(self, root: int, path: bytes) -> None:
+        self._plan.changed.add((root, path))
+        if path:
+            self._touched.add((root, path.rpartition(b"/")[0]))
+
+    def _note_drastic(self, root: int, path: bytes) -> None:
+        known = self._index.get(root, path)
+        self._plan.drastic |= known is not None and known.kind is FileKind.DIRECTORY
+
+    def _set_directories(self) -> None:
         """What was done below them changed the directories' own times on the replica: set them last."""
         for root, path in sorted(self._touched, key=lambda item: item[1].count(b"/"), reverse=True):
             with contextlib.suppress(_Unobservable):
-                yield from self._directory_meta(root, path)
+                self._set_directory(root, path)
         self._touched.clear()
 
-    def _directory_meta(self, root: int, path: bytes) -> Messages:
+    def _set_directory(self, root: int, path: bytes) -> None:
         known = self._index.get(root, path)
         seen = self._observe(root, path)
         if known is None or seen is None or not known.kind is seen.kind is FileKind.DIRECTORY:
@@ -397,109 +460,189 @@ class Planner:
             if not self._has_root(root):
                 return
             self._present(seen)
-        self.changed.add((root, path))
-        yield SetMeta(root, path, _meta(seen))
+        self._plan.changed.add((root, path))
+        self._plan.frames.append(wire.frame(SetMeta(root, path, _meta(seen))))
         self._index.put(_known(seen, None, settled=True))
 
-    def _sync(self, batch: Batch, seen: Observed, force: bool) -> Messages:
-        """Make the replica have what was seen."""
-        root, path = seen.root, seen.path
-        if not (yield from self._parents(batch, root, path)):
-            batch.vanished.append((root, path))
+    def _sync(
+        self, batch: Batch, status: os.stat_result, root: int, path: bytes, known: Known | None, force: bool, work: Work
+    ) -> None:
+        """Make the replica have what is at ``path``, of which ``status`` was told a moment ago."""
+        if stat.S_ISREG(status.st_mode):
+            if known is not None and not force and known.is_unchanged(status):
+                return
+            handle, seen = self._open(batch, status, root, path, work)
+            try:
+                if seen is not None:
+                    self._sync_file(batch, seen, known, force, work, handle)
+            finally:
+                if handle is not None:
+                    os.close(handle)
             return
-        known = self._index.get(root, path)
+        other = self._observe(root, path)
+        if other is None or other.kind is FileKind.FILE:
+            batch.vanish(root, path, work)  # which looks at it once more
+        else:
+            self._sync_other(batch, other, known, work)
+
+    def _open(
+        self, batch: Batch, status: os.stat_result, root: int, path: bytes, work: Work
+    ) -> tuple[int | None, Observed | None]:
+        """Open a file, and tell what is seen of it; no handle when it cannot be read, nothing when it has changed."""
+        try:
+            handle = scanner.open_file(self._directories[root], path)
+        except OSError as error:
+            if error.errno in scanner.ABSENT:
+                batch.vanish(root, path, work)
+                return None, None
+            self._note(root, path, "content", _reason(error))
+            return None, self._observe(root, path)
+        try:
+            now = os.fstat(handle)
+            if (now.st_dev, now.st_ino) == (status.st_dev, status.st_ino):
+                return handle, self._tellable(scanner.observed(now, root, path, handle))
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)
+        batch.look(root, path, Kind.MODIFIED, work)
+        return None, None
+
+    def _sync_other(self, batch: Batch, seen: Observed, known: Known | None, work: Work) -> None:
+        """Make the replica have a directory, a link or a node as it was seen."""
+        root, path = seen.root, seen.path
+        if not self._parents(batch, root, path, work):
+            batch.vanish(root, path, work)
+            return
         if seen.kind is FileKind.SOCKET:
             # A socket lives as long as its server; there is nothing to keep.
             if known is not None:
-                yield from self._emit(Remove(root, path))
+                self._emit(Remove(root, path))
                 self._index.remove(root, path)
             return
+        known = self._settle_place(batch, seen, known, work)
+        if seen.kind is FileKind.DIRECTORY:
+            self._sync_directory(batch, seen, known, work)
+        else:
+            self._sync_special(seen, known)
+
+    def _sync_file(
+        self,
+        batch: Batch,
+        seen: Observed,
+        known: Known | None,
+        force: bool,
+        work: Work,
+        handle: int | None = None,
+    ) -> None:
+        """Make the replica have the file that was seen; without a handle it is opened by its path, if it can be."""
+        if not self._parents(batch, seen.root, seen.path, work):
+            batch.vanish(seen.root, seen.path, work)
+            return
+        known = self._settle_place(batch, seen, known, work)
+        if handle is not None:
+            self._file(batch, seen, known, force, work, handle)
+        elif not seen.path:
+            try:
+                handle = scanner.open_beneath(self._roots[seen.root].path, b"", os.O_RDONLY | os.O_NONBLOCK)
+            except OSError as error:
+                self._note(seen.root, b"", "content", _reason(error))
+                return
+            try:
+                self._file(batch, seen, known, force, work, handle)
+            finally:
+                os.close(handle)
+
+    def _settle_place(self, batch: Batch, seen: Observed, known: Known | None, work: Work) -> Known | None:
+        """Move what was seen to its place if it was known elsewhere, and clear the place of what is of another kind.
+
+        Returns what the replica has there then.
+        """
+        root, path = seen.root, seen.path
         if known is None or known.ino != seen.ino or known.kind != seen.kind:
             if known is not None:
-                self._look_at_other_names(batch, known)
-            known = (yield from self._moved(batch, seen)) or known
+                self._look_at_other_names(batch, known, work)
+            known = self._moved(batch, seen, work) or known
         if known is not None and known.kind is not seen.kind:
             if known.kind is FileKind.DIRECTORY:
-                yield from self._emit(Remove(root, path))
+                self._emit(Remove(root, path))
             self._index.remove(root, path)
             # What takes its place may turn out to be unreadable; the replica has something there until then.
             self._index.put(_unknown(root, path))
             known = None
-        match seen.kind:
-            case FileKind.DIRECTORY:
-                yield from self._directory(batch, seen, known)
-            case FileKind.FILE:
-                yield from self._file(batch, seen, known, force)
-            case _:
-                yield from self._special(seen, known)
+        return known
 
-    def _parents(self, batch: Batch, root: int, path: bytes) -> Generator[FromSource, bytes | None, bool]:
+    def _parents(self, batch: Batch, root: int, path: bytes, work: Work) -> bool:
         """Make sure that the replica has the directory that ``path`` lies in; False when it is gone here."""
         parent = parent_of(path)
-        if parent is None:
+        if parent is None or (root, parent) in self._made:
             return True
         known = self._index.get(root, parent)
         if known is not None and known.kind is FileKind.DIRECTORY:
+            self._made.add((root, parent))
             return True
         seen = self._observe(root, parent)
         if seen is None or seen.kind is not FileKind.DIRECTORY:
             return False
-        yield from self._sync(batch, seen, False)
+        self._sync_other(batch, seen, known, work)
         return self._index.get(root, parent) is not None
 
-    def _moved(self, batch: Batch, seen: Observed) -> Generator[FromSource, bytes | None, Known | None]:
+    def _moved(self, batch: Batch, seen: Observed, work: Work) -> Known | None:
         """If what was seen stood under another name that is free now, rename it on the replica."""
         root, path = seen.root, seen.path
         if not path or (seen.nlink > 1 and seen.kind is not FileKind.DIRECTORY):
             return None
-        for old in self._index.by_inode(root, seen.dev, seen.ino):
+        same = self._index.by_inode(root, seen.dev, seen.ino)
+        if not same:
+            self._lonely = (root, seen.dev, seen.ino)
+        for old in same:
             if old.kind is not seen.kind or old.path in (path, b""):
                 continue
             if path.startswith(old.path + b"/") or old.path.startswith(path + b"/"):
                 continue
             if self._index.longest_below(root, old.path) + len(path) - len(old.path) > MAX_PATH:
                 continue
-            there = self._glimpse(root, old.path)
-            if there is not None and (there.dev, there.ino) == (seen.dev, seen.ino):
+            if self._is_inode(root, old.path, seen.dev, seen.ino):
                 continue
-            yield from self._emit(Move(root, old.path, path))
+            self._emit(Move(root, old.path, path))
             self._index.move(root, old.path, path)
-            batch.vanished.append((root, old.path))
+            batch.vanish(root, old.path, work)
             if seen.kind is FileKind.DIRECTORY:
-                batch.walks.append((root, path))
+                batch.walk(root, path, work)
             return self._index.get(root, path)
         return None
 
-    def _directory(self, batch: Batch, seen: Observed, known: Known | None) -> Messages:
+    def _sync_directory(self, batch: Batch, seen: Observed, known: Known | None, work: Work) -> None:
         if known is None:
-            yield from self._emit(MakeDir(seen.root, seen.path, _meta(seen)))
-            batch.walks.append((seen.root, seen.path))
+            self._emit(MakeDir(seen.root, seen.path, _meta(seen)))
+            batch.walk(seen.root, seen.path, work)
         else:
             if known.ino != seen.ino and known.ino:
-                batch.walks.append((seen.root, seen.path))
+                batch.walk(seen.root, seen.path, work)
             if not known.same_meta(seen):
-                self._operations += 1
+                self._plan.operations += 1
                 self._touched.add((seen.root, seen.path))
         self._index.put(_known(seen, None, settled=True))
 
-    def _special(self, seen: Observed, known: Known | None) -> Messages:
+    def _sync_special(self, seen: Observed, known: Known | None) -> None:
         if known is None or known.target != seen.target or known.rdev != seen.rdev:
             if seen.target is not None:
-                yield from self._emit(MakeSymlink(seen.root, seen.path, _meta(seen), seen.target))
+                self._emit(MakeSymlink(seen.root, seen.path, _meta(seen), seen.target))
             else:
-                yield from self._emit(MakeNode(seen.root, seen.path, _meta(seen), int(seen.kind), seen.rdev))
+                self._emit(MakeNode(seen.root, seen.path, _meta(seen), int(seen.kind), seen.rdev))
         elif not known.same_meta(seen):
-            yield from self._emit(SetMeta(seen.root, seen.path, _meta(seen)))
+            self._emit(SetMeta(seen.root, seen.path, _meta(seen)))
         self._index.put(_known(seen, None, settled=True))
 
-    def _file(self, batch: Batch, seen: Observed, known: Known | None, force: bool) -> Messages:
+    # --- files
+
+    def _file(self, batch: Batch, seen: Observed, known: Known | None, force: bool, work: Work, handle: int) -> None:
         if known is not None and known.same_identity(seen) and not force:
             return
         if self._unreadable.get((seen.root, seen.path)) == seen.ctime_ns and not force:
             return
         if known is not None and known.listed_alike(seen) and not force:
-            if not known.same_meta(seen):
-                yield from self._emit(SetMeta(seen.root, seen.path, _meta(seen)))
+            self._emit_meta(seen, known)
             self._index.put(_known(seen, None, settled=True))
             self._disown(seen, [])
             return
@@ -507,62 +650,58 @@ class Planner:
         if seen.nlink > 1:
             names = self._other_names(seen)
             if names and (known is None or (known.dev, known.ino) != (seen.dev, seen.ino)):
-                yield from self._emit(Link(seen.root, seen.path, names[0].path))
-                known = replace(names[0], path=seen.path)
-                self._index.put(known)
-                signature = self._index.get_signature(seen.root, names[0].path)
-                self._index.set_signature(seen.root, seen.path, signature)
-                if known.same_identity(replace(seen, path=known.path)):
+                known = self._link(seen, names[0])
+                if known.same_identity(seen):
                     return
-        try:
-            handle = _open(self._where(seen.root, seen.path))
-        except FileNotFoundError:
-            batch.vanished.append((seen.root, seen.path))
-            return
-        except OSError as error:
-            self._note(seen.root, seen.path, "content", _reason(error))
-            return
         started = time.time_ns()
-        with os.fdopen(handle, "rb", buffering=0) as source:
-            before = os.fstat(handle)
-            if (before.st_dev, before.st_ino) != (seen.dev, seen.ino):
-                batch.todo.append((seen.root, seen.path, Kind.MODIFIED))
-                return
-            try:
-                entry = yield from self._content(source, seen, known)
-            except _NextTransaction:
-                self._cut = True
-                batch.todo.append((seen.root, seen.path, Kind.MODIFIED))
-                return
-            except OSError as error:
-                # Nothing of it was sent yet, so that only this file stays behind.
-                self._cannot_read(seen, error)
-                return
-            after = os.fstat(handle)
+        try:
+            data = os.read(handle, INLINE_MAX + 1) if seen.size <= INLINE_MAX else None
+            if data is None or len(data) > INLINE_MAX:
+                read = self._large(batch, seen, known, work)
+                if read is None:
+                    return
+                entry, content = read
+                same = content.is_settled and clamp_time(content.after.st_ctime_ns) == seen.ctime_ns
+                started = content.started_ns
+            else:
+                entry = self._small(seen, known, data)
+                after = os.fstat(handle)
+                same = (clamp_time(after.st_ctime_ns), after.st_size) == (seen.ctime_ns, seen.size) and (
+                    clamp_time(after.st_mtime_ns) == seen.mtime_ns
+                )
+        except OSError as error:
+            # Nothing of it was sent yet, so that only this file stays behind.
+            self._cannot_read(seen, error)
+            return
         self._note(seen.root, seen.path, "content", None)
-        self._unreadable.pop((seen.root, seen.path), None)
-        same = (before.st_mtime_ns, before.st_ctime_ns, before.st_size) == (
-            after.st_mtime_ns,
-            after.st_ctime_ns,
-            after.st_size,
-        ) and clamp_time(after.st_ctime_ns) == seen.ctime_ns
+        if self._unreadable:
+            self._unreadable.pop((seen.root, seen.path), None)
         if not same:
             self.again.append(Hint(seen.root, seen.path, Kind.MODIFIED))
-        entry = _settle(entry, same and started - seen.ctime_ns > _RACY_NS)
+        # While it was not seen unchanged during a read it is fuzzy: its content must be read to be known.
+        entry = entry if same and started - seen.ctime_ns > _RACY_NS else replace(entry, ctime_ns=0)
         self._index.put(entry)
-        self._disown(seen, names)
-        if self._content_sent:
-            # New content came under one name, as a new file on the replica; the other names must follow.
-            for name in names:
-                yield from self._emit(Link(seen.root, name.path, seen.path))
+        if known is None or (known.dev, known.ino) != (seen.dev, seen.ino):
+            self._disown(seen, names)
         for name in names:
-            self._index.put(replace(entry, path=name.path))
             if self._content_sent:
-                signature = self._index.get_signature(seen.root, seen.path)
-                self._index.set_signature(seen.root, name.path, signature)
+                # New content came under one name, as a new file on the replica; the other names must follow.
+                self._emit(Link(seen.root, name.path, seen.path))
+                self._index.set_signature(seen.root, name.path, self._index.get_signature(seen.root, seen.path))
+            self._index.put(replace(entry, path=name.path))
+
+    def _link(self, seen: Observed, name: Known) -> Known:
+        """Tell that what was seen is another name of a file that the replica has as ``name``."""
+        self._emit(Link(seen.root, seen.path, name.path))
+        known = replace(name, path=seen.path)
+        self._index.put(known)
+        self._index.set_signature(seen.root, seen.path, self._index.get_signature(seen.root, name.path))
+        return known
 
     def _disown(self, seen: Observed, names: list[Known]) -> None:
         """Inode numbers are used again: no other path may seem to be a name of this file on the replica."""
+        if self._lonely == (seen.root, seen.dev, seen.ino):
+            return
         mine = {seen.path, *(name.path for name in names)}
         for other in self._index.by_inode(seen.root, seen.dev, seen.ino):
             if other.path not in mine:
@@ -570,109 +709,96 @@ class Planner:
 
     def _other_names(self, seen: Observed) -> list[Known]:
         """The names of the same file that the replica has and that are still its names here."""
-        names = []
-        for other in self._index.by_inode(seen.root, seen.dev, seen.ino):
-            if other.path == seen.path or other.kind is not FileKind.FILE:
-                continue
-            there = self._glimpse(seen.root, other.path)
-            if there is not None and (there.dev, there.ino) == (seen.dev, seen.ino):
-                names.append(other)
-        return names
+        return [
+            other
+            for other in self._index.by_inode(seen.root, seen.dev, seen.ino)
+            if other.path != seen.path
+            and other.kind is FileKind.FILE
+            and self._is_inode(seen.root, other.path, seen.dev, seen.ino)
+        ]
 
-    _content_sent = False
+    def _small(self, seen: Observed, known: Known | None, data: bytes) -> Known:
+        """Send what differs of a small file's content and metadata; returns what the replica will have."""
+        digest = blake3.blake3(data).digest()
+        self._content_sent = not _has(known, seen, len(data), digest)
+        if self._content_sent:
+            self._emit(Put(seen.root, seen.path, _meta(seen), data), len(data))
+            if known is not None and known.size > INLINE_MAX:
+                self._index.set_signature(seen.root, seen.path, None)
+        else:
+            self._emit_meta(seen, known)
+        return _known(seen if len(data) == seen.size else replace(seen, size=len(data)), digest, settled=True)
 
-    def _content(
-        self, source: FileIO, seen: Observed, known: Known | None
-    ) -> Generator[FromSource, bytes | None, Known]:
-        """Send what differs of a file's content and metadata; returns what the replica will have.
+    def _large(self, batch: Batch, seen: Observed, known: Known | None, work: Work) -> tuple[Known, Content] | None:
+        """Tell of a large file that was read, or have it read: then None is returned, and ``work`` waits for it.
 
-        Raises OSError when it cannot be read and nothing was sent, SourceUnreadable in the middle of it.
+        Raises the OSError with which the reading ended.
         """
-        self._content_sent = False
         root, path = seen.root, seen.path
-        if seen.size <= INLINE_MAX:
-            data = source.read(INLINE_MAX + 1)
-            if len(data) <= INLINE_MAX:
-                digest = blake3.blake3(data).digest()
-                if not _has(known, seen, len(data), digest):
-                    self._content_sent = True
-                    yield from self._emit(Put(root, path, _meta(seen), data), len(data))
-                    self._index.set_signature(root, path, None)
-                elif known is not None and not known.same_meta(seen):
-                    yield from self._emit(SetMeta(root, path, _meta(seen)))
-                return _known(replace(seen, size=len(data)), digest, settled=True)
-            source.seek(0)
-        if known is not None and known.size == seen.size and (not known.ctime_ns or known.mtime_ns == seen.mtime_ns):
-            digest = _digest(source)
-            if _has(known, seen, seen.size, digest):
-                if not known.same_meta(seen):
-                    yield from self._emit(SetMeta(root, path, _meta(seen)))
-                return _known(seen, digest, settled=True)
-            source.seek(0)
-        elif (root, path) in self._unreadable:
-            # It failed once in the middle and took the transaction with it: this time see first whether it can be read.
-            _digest(source)
-            source.seek(0)
-        return (yield from self._patch(source, seen, known))
+        job = self._jobs.get((root, path))
+        if job is not None and job.problem is not None:
+            del self._jobs[root, path]
+            self._drop(job)
+            raise job.problem
+        if job is None or job.content is None:
+            self._have_read(seen, job, self._may_be_there(seen, known), work)
+            return None
+        content = job.content
+        del self._jobs[root, path]
+        if (content.before.st_dev, content.before.st_ino) != (seen.dev, seen.ino):
+            self._drop(job)
+            self._have_read(seen, None, False, work)
+            return None
+        self._content_sent = not _has(known, seen, content.length, content.digest)
+        if not self._content_sent:
+            self._drop(job)
+            self._emit_meta(seen, known)
+        elif not job.hash_only:
+            self._emit(Patch(root, path, _meta(seen), job.number))
+            self._index.set_signature(root, path, content.signature)
+        elif not self._copy(seen, content):
+            self._have_read(seen, None, False, work)
+            return None
+        return _known(replace(seen, size=content.length), content.digest, settled=True), content
 
-    def _patch(self, source: FileIO, seen: Observed, known: Known | None) -> Generator[FromSource, bytes | None, Known]:
-        root, path = seen.root, seen.path
-        base = None
-        if known is not None and known.kind is FileKind.FILE and known.size > INLINE_MAX:
-            if self._is_remade(root, path):
-                raise _NextTransaction
-            blob = self._index.get_signature(root, path)
-            if blob is None:
-                blob = yield WantSignature(root, path)
-            base = None if blob is None else delta.Signature.from_bytes(blob)
-        self._content_sent = True
-        sparse = seen.blocks * 512 < seen.size
-        yield from self._emit(Patch(root, path, _meta(seen), base is not None, sparse))
-        encoder = delta.Encoder(base)
-        try:
-            for chunk in encoder.encode(source):
-                self._bytes += len(chunk)
-                yield Chunk(bytes(chunk), False)
-        except OSError as error:
-            self._cannot_read(seen, error)
-            raise SourceUnreadable(self._where(root, path), error.strerror) from error
-        yield Chunk(b"", True)
-        assert encoder.signature is not None
-        self._index.set_signature(root, path, encoder.signature.to_bytes())
-        return _known(replace(seen, size=encoder.length), encoder.digest, settled=True)
+    def _have_read(self, seen: Observed, job: Job | None, hash_only: bool, work: Work) -> None:
+        """Have a file read; when that is under way already, ``work`` is looked at once more afterwards."""
+        work.left += 1
+        if job is not None:
+            job.works.append(work)
+            return
+        job = self._jobs[seen.root, seen.path] = Job(seen.root, seen.path, seen.size, [work], hash_only)
+        self.new_jobs.append(job)
+
+    def _may_be_there(self, seen: Observed, known: Known | None) -> bool:
+        """True when it is worth hashing a file before it is sent: that costs little, and may spare all of it."""
+        if known is None or known.size != seen.size:
+            return self._index.has_size(seen.size)
+        # What was only listed by the replica has no inode of ours.
+        return known.digest is not None and (not known.ino or known.mtime_ns == seen.mtime_ns)
+
+    def _copy(self, seen: Observed, content: Content) -> bool:
+        """Have the replica copy the content from another of its files; False when it has none such."""
+        for other in self._index.like(content.length, content.digest):
+            if (other.root, other.path) != (seen.root, seen.path):
+                self._emit(Copy(seen.root, seen.path, _meta(seen), other.root, other.path, content.digest))
+                signature = self._index.get_signature(other.root, other.path)
+                self._index.set_signature(seen.root, seen.path, signature)
+                return True
+        return False
+
+    def _emit_meta(self, seen: Observed, known: Known | None) -> None:
+        if known is not None and not known.same_meta(seen):
+            self._emit(SetMeta(seen.root, seen.path, _meta(seen)))
 
     def _cannot_read(self, seen: Observed, error: OSError) -> None:
         """Leave the file alone until a hint, or another ctime, promises better."""
         self._note(seen.root, seen.path, "content", _reason(error))
         self._unreadable[seen.root, seen.path] = seen.ctime_ns
 
-    def _is_remade(self, root: int, path: bytes) -> bool:
-        """True when this transaction made, or moved, what is at ``path``."""
-        while path:
-            if (root, path) in self._remade:
-                return True
-            path = path.rpartition(b"/")[0]
-        return (root, b"") in self._remade
-
 
 def _reason(error: OSError) -> str:
     return error.strerror or str(error)
-
-
-def _open(where: bytes) -> int:
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    try:
-        # Reading must not change the access times that the owner of the file sees.
-        return os.open(where, flags | os.O_NOATIME)
-    except PermissionError:
-        return os.open(where, flags)
-
-
-def _digest(source: FileIO) -> bytes:
-    hasher = blake3.blake3()
-    while block := source.read(_READ):
-        hasher.update(block)
-    return hasher.digest()
 
 
 def _has(known: Known | None, seen: Observed, size: int, digest: bytes) -> bool:
@@ -686,10 +812,6 @@ def _doubtful(known: Known, seen: Observed) -> bool:
 
 def _meta(seen: Observed) -> Meta:
     return Meta(seen.mode, seen.uid, seen.gid, seen.atime_ns, seen.mtime_ns, list(seen.xattrs))
-
-
-def _settle(entry: Known, settled: bool) -> Known:
-    return entry if settled else replace(entry, ctime_ns=0)
 
 
 def _known(seen: Observed, digest: bytes | None, settled: bool) -> Known:

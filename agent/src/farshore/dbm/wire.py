@@ -19,25 +19,32 @@ from farshore.errors import ProtocolError
 MAX_FRAME = 1 << 20
 #: Bytes of content in one Chunk frame.
 CHUNK = 256 << 10
-PROTOCOL = 1
+PROTOCOL = 2
 
 _LENGTH = struct.Struct(">I")
 M = TypeVar("M")
+
+
+_encoder = msgspec.msgpack.Encoder()
+
+
+def frame(message: object) -> bytes:
+    """One frame that holds ``message``, a tagged struct; raises ProtocolError when it would be over MAX_FRAME."""
+    body = _encoder.encode(message)
+    if len(body) > MAX_FRAME:
+        raise ProtocolError("this node", f"a frame of {len(body)} bytes is over {MAX_FRAME}")
+    return _LENGTH.pack(len(body)) + body
 
 
 class Codec(Generic[M]):
     """Encodes and decodes the frames of one direction: a union of tagged structs."""
 
     def __init__(self, kinds: object) -> None:
-        self._encoder = msgspec.msgpack.Encoder()
         self._decoder: msgspec.msgpack.Decoder[M] = msgspec.msgpack.Decoder(kinds)
 
     def encode(self, message: object) -> bytes:
         """One frame; raises ProtocolError when it would be larger than MAX_FRAME."""
-        body = self._encoder.encode(message)
-        if len(body) > MAX_FRAME:
-            raise ProtocolError("this node", f"a frame of {len(body)} bytes is over {MAX_FRAME}")
-        return _LENGTH.pack(len(body)) + body
+        return frame(message)
 
     async def read(self, reader: asyncio.StreamReader, peer: str) -> M | None:
         """The next message, None at the end of the stream; raises ProtocolError on anything malformed."""

@@ -138,6 +138,11 @@ class DirtySet:
         with self._changed:
             return len(self._alive)
 
+    def waiting(self) -> int:
+        """How many paths wait."""
+        with self._changed:
+            return len(self._dirty)
+
     def lowest_mark(self) -> int | None:
         """The lowest mark number that waits or is in flight; None when there is none.
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 
 from farshore.errors import UnsafePath
@@ -26,6 +27,8 @@ _KINDS = {
     stat.S_IFSOCK: FileKind.SOCKET,
 }
 _HANDLE = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+_CACHED_HANDLES = 32
 _DIRECTORY_HANDLE = _HANDLE | os.O_DIRECTORY
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -85,6 +88,66 @@ def observe(root_path: bytes | int, root: int, path: bytes) -> Observed | None:
         return _describe(fd, root, path)
     finally:
         os.close(fd)
+
+
+class Directories:
+    """Handles of the directories below one root, for looking at many paths without walking to each.
+
+    A handle shows the directory that stood at its path when it was opened. Whoever must see what came since then
+    forgets it first.
+    """
+
+    def __init__(self, root_path: bytes) -> None:
+        self._root_path = root_path
+        self._handles: OrderedDict[bytes, int] = OrderedDict()
+
+    def parent(self, path: bytes) -> tuple[int, bytes]:
+        """Handle of the directory that holds ``path`` (not b""), and the name in it; raises OSError."""
+        above, _, name = path.rpartition(b"/")
+        handle = self._handles.get(above)
+        if handle is None:
+            handle = self._open(above)
+        return handle, name
+
+    def forget(self) -> None:
+        """Close all handles."""
+        while self._handles:
+            os.close(self._handles.popitem()[1])
+
+    def _open(self, path: bytes) -> int:
+        handle = open_beneath(self._root_path, path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        while len(self._handles) >= _CACHED_HANDLES:
+            os.close(self._handles.popitem(last=False)[1])
+        self._handles[path] = handle
+        return handle
+
+
+def look(directories: Directories, path: bytes) -> os.stat_result | None:
+    """What lstat tells of ``path`` (not b""), None when nothing is there; raises OSError when that is not known."""
+    try:
+        parent, name = directories.parent(path)
+        return os.stat(name, dir_fd=parent, follow_symlinks=False)
+    except OSError as error:
+        if error.errno in ABSENT:
+            return None
+        raise
+
+
+def open_file(directories: Directories, path: bytes) -> int:
+    """A descriptor for reading the file at ``path``, whose access time the reading leaves alone if we may.
+
+    Raises OSError. The caller has seen by ``look`` that it is a regular file.
+    """
+    parent, name = directories.parent(path)
+    try:
+        return os.open(name, _READ | os.O_NOATIME, dir_fd=parent)
+    except PermissionError:
+        return os.open(name, _READ, dir_fd=parent)
+
+
+def observed(status: os.stat_result, root: int, path: bytes, handle: int) -> Observed:
+    """The state of the file or directory that ``handle`` is open for reading on, and ``status`` was told of."""
+    return _observed(status, root, path, None, _xattrs(handle))
 
 
 def list_directory(root_path: bytes | int, path: bytes, filter: Filter) -> Iterator[tuple[bytes, bool]]:
@@ -186,13 +249,20 @@ def _observe_in(
 
 def _describe(fd: int, root: int, path: bytes) -> Observed:
     status = os.fstat(fd)
-    kind = _KINDS[stat.S_IFMT(status.st_mode)]
-    is_link = kind is FileKind.SYMLINK
+    is_link = stat.S_ISLNK(status.st_mode)
+    # The kernel allows none of the attributes that we keep on a symlink.
+    xattrs = () if is_link else _xattrs(b"/proc/self/fd/%d" % fd)
+    return _observed(status, root, path, os.readlink(b"", dir_fd=fd) if is_link else None, xattrs)
+
+
+def _observed(
+    status: os.stat_result, root: int, path: bytes, target: bytes | None, xattrs: tuple[tuple[bytes, bytes], ...]
+) -> Observed:
     return Observed(
         root=root,
         path=path,
-        kind=kind,
-        mode=stat.S_IMODE(status.st_mode),
+        kind=kind_of(status),
+        mode=status.st_mode & 0o7777,
         uid=status.st_uid,
         gid=status.st_gid,
         size=status.st_size,
@@ -204,14 +274,17 @@ def _describe(fd: int, root: int, path: bytes) -> Observed:
         nlink=status.st_nlink,
         rdev=status.st_rdev,
         blocks=status.st_blocks,
-        target=os.readlink(b"", dir_fd=fd) if is_link else None,
-        # The kernel allows none of the attributes that we keep on a symlink.
-        xattrs=() if is_link else _xattrs(fd),
+        target=target,
+        xattrs=xattrs,
     )
 
 
-def _xattrs(fd: int) -> tuple[tuple[bytes, bytes], ...]:
-    handle = b"/proc/self/fd/%d" % fd
+def kind_of(status: os.stat_result) -> FileKind:
+    """What kind of object a stat tells of."""
+    return _KINDS[stat.S_IFMT(status.st_mode)]
+
+
+def _xattrs(handle: bytes | int) -> tuple[tuple[bytes, bytes], ...]:
     try:
         names = os.listxattr(handle)
     except OSError as error:

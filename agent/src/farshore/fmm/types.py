@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import msgspec
+
 
 class Kind(enum.Flag):
     """What a hint says happened. Hints are never trusted: the state on disk is the truth."""
@@ -55,8 +57,7 @@ class FileKind(enum.IntEnum):
     SOCKET = 7
 
 
-@dataclass(frozen=True, slots=True)
-class Observed:
+class Observed(msgspec.Struct, frozen=True, gc=False):
     """The state of one path as lstat, readlink and listxattr told it, all at about one moment.
 
     Times are nanoseconds since the epoch, ``mode`` holds the permission bits only (07777),

@@ -15,31 +15,44 @@ from farshore.fmm.patterns import STAGING
 #: Names that begin so are ours and are never replicated.
 PREFIX = STAGING
 
+#: What opening a path says when nothing is there, or something else stands in its way.
+MISSING = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+
 #: Told before a file is removed: (handle of its directory, its name there, its path, its lstat).
 BeforeRemoval = Callable[[int, bytes, bytes, os.stat_result], None]
 
 _MAX_PATH = 4096
 _MAX_NAME = 255
 _OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_CACHED_HANDLES = 64
+_NO_NAMES = (b"", b".", b"..")
+#: Directory handles that one root keeps open while a group of transactions is applied, at most.
+_CACHED_HANDLES = 256
 
 
 def check(path: bytes) -> bytes:
     """Return ``path`` if it is relative and plain; raises UnsafePath otherwise. b"" is the root itself."""
     if not path:
         return path
+    _check_length(path)
+    for name in path.split(b"/"):
+        _check_name(path, name)
+    return path
+
+
+def _check_length(path: bytes) -> None:
     if len(path) > _MAX_PATH:
         raise UnsafePath(path[:80] + b"...", f"{len(path)} bytes; allowed are {_MAX_PATH}")
     if b"\0" in path:
         raise UnsafePath(path, "it holds a NUL byte")
-    for name in path.split(b"/"):
-        if name in (b"", b".", b".."):
-            raise UnsafePath(path, "it is absolute, or has an empty, . or .. component")
-        if name.startswith(PREFIX):
-            raise UnsafePath(path, f"names that begin with {PREFIX.decode()} are the replica's own")
-        if len(name) > _MAX_NAME:
-            raise UnsafePath(path, f"a component has {len(name)} bytes; allowed are {_MAX_NAME}")
-    return path
+
+
+def _check_name(path: bytes, name: bytes) -> None:
+    if name in _NO_NAMES:
+        raise UnsafePath(path, "it is absolute, or has an empty, . or .. component")
+    if name.startswith(PREFIX):
+        raise UnsafePath(path, f"names that begin with {PREFIX.decode()} are the replica's own")
+    if len(name) > _MAX_NAME:
+        raise UnsafePath(path, f"a component has {len(name)} bytes; allowed are {_MAX_NAME}")
 
 
 class Handles:
@@ -49,18 +62,29 @@ class Handles:
     NotADirectoryError: nothing outside the root is ever reached.
     """
 
-    def __init__(self, root: bytes) -> None:
+    def __init__(self, root: bytes, *, widening: bool = True) -> None:
         self._root = root
         self._cache: OrderedDict[bytes, int] = OrderedDict()
+        #: Root may do everything; with ``widening``, anybody else gives himself the rights that he lacks.
+        self._widening = widening and os.geteuid() != 0
         #: Directories that were given all rights for us, by path: their device and inode, and their true mode.
         self._widened: dict[bytes, tuple[tuple[int, int], int]] = {}
 
     def parent(self, path: bytes) -> tuple[int, bytes]:
-        """Handle of the directory that holds ``path``, and the name in it. The handle stays ours."""
+        """Handle of the directory that holds ``path``, and the name in it; raises UnsafePath. The handle stays ours."""
         if not path:
             return self.directory(None), os.path.basename(self._root)
-        head, _, name = path.rpartition(b"/")
-        return self.directory(head), name
+        _check_length(path)
+        head, slash, name = path.rpartition(b"/")
+        _check_name(path, name)
+        handle = self._cache.get(head)
+        if handle is None or not head:
+            if slash and not head:
+                raise UnsafePath(path, "it is absolute")
+            # Only what was checked is ever a key.
+            return self.directory(head), name
+        self._cache.move_to_end(head)
+        return handle, name
 
     def directory(self, path: bytes | None) -> int:
         """Handle of a directory; b"" is the root, None the directory that holds the root."""
@@ -78,13 +102,13 @@ class Handles:
     def writable_parent(self, path: bytes) -> tuple[int, bytes]:
         """As ``parent``; a directory of ours that forbids it to us can be changed until ``restore``."""
         parent, name = self.parent(path)
-        if path:
+        if path and self._widening:
             self.widen(path.rpartition(b"/")[0])
         return parent, name
 
     def widen(self, path: bytes) -> None:
         """Let us change the directory at ``path`` until ``restore``, if it is ours and we are not root."""
-        if os.geteuid() == 0:
+        if not self._widening:
             return
         handle = self.directory(path)
         status = os.fstat(handle)
@@ -122,12 +146,13 @@ class Handles:
             return os.open(os.path.dirname(self._root), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         if not path:
             return os.open(os.path.basename(self._root), _OPEN_DIRECTORY, dir_fd=self.directory(None))
-        handle = os.dup(self.directory(b""))
+        check(path)
+        at = self._nearest(path)
+        handle = os.dup(self.directory(at))
         try:
-            at = b""
-            for name in check(path).split(b"/"):
+            for name in path[len(at) :].lstrip(b"/").split(b"/"):
                 at = at + b"/" + name if at else name
-                below, before = _open_directory(handle, name)
+                below, before = _open_directory(handle, name, self._widening)
                 if before is not None:
                     self._note(at, before)
                 os.close(handle)
@@ -137,10 +162,32 @@ class Handles:
             raise
         return handle
 
+    def _nearest(self, path: bytes) -> bytes:
+        """The nearest directory above ``path`` whose handle is at hand; the root if there is none."""
+        at = path.rpartition(b"/")[0]
+        while at and at not in self._cache:
+            at = at.rpartition(b"/")[0]
+        return at
+
     def forget(self) -> None:
         """Close all handles: after a directory was moved or removed, and at the end of a transaction."""
         while self._cache:
             os.close(self._cache.popitem()[1])
+
+
+def open_regular(handles: Handles, path: bytes) -> int | None:
+    """A descriptor for reading the regular file at ``path``; None when there is none. Raises OSError, UnsafePath."""
+    try:
+        parent, name = handles.parent(path)
+        handle = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=parent)
+    except OSError as error:
+        if error.errno in MISSING:
+            return None
+        raise
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        return None
+    return handle
 
 
 def remove_tree(parent: int, name: bytes, path: bytes, before: BeforeRemoval | None) -> None:
@@ -203,11 +250,13 @@ def _enter(parent: int, name: bytes) -> int:
     return handle
 
 
-def _open_directory(parent: int, name: bytes) -> tuple[int, os.stat_result | None]:
+def _open_directory(parent: int, name: bytes, widening: bool = True) -> tuple[int, os.stat_result | None]:
     """Open a directory, and give it all rights for us where we may not; then its state before is told too."""
     try:
         return os.open(name, _OPEN_DIRECTORY, dir_fd=parent), None
     except PermissionError:
+        if not widening:
+            raise
         inert = os.open(name, _OPEN_DIRECTORY | os.O_PATH, dir_fd=parent)
     try:
         before = os.fstat(inert)

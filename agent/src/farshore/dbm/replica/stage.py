@@ -8,27 +8,44 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
+import itertools
 import os
 import re
 import secrets
 import stat
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from farshore.dbm.replica.paths import PREFIX
 from farshore.errors import StateError
+from farshore.fmm import scanner
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+_NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _OURS = re.compile(rb"[0-9a-f]{16}")
+_PERMISSIONS = stat.S_IRWXU | stat.S_IRWXG | stat.S_IRWXO
 
 
-@dataclass(frozen=True, slots=True)
-class Staged:
-    """A staged file: its name, and a handle of its directory that is valid until ``Stage.clean``."""
+class Staged(NamedTuple):
+    """A staged file: its name, and a handle of its directory that is valid until the file is placed or discarded."""
 
     directory: int
     name: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Birth:
+    """What a new file in the stage is given by the system: ids, the permissions that it may have, and whether
+    attributes (a default ACL's) come with it."""
+
+    uid: int
+    gid: int
+    permissions: int
+    attributes: bool
 
 
 @contextlib.contextmanager
@@ -40,11 +57,11 @@ def _unnoticed(directory: int) -> Iterator[None]:
 
 
 class Stage:
-    """Temporary files for one root.
+    """Temporary files for one root. May be used from several threads.
 
     The state directory is preferred. Where a rename from there does not reach the root (another filesystem, or
-    another mount of the same one), the directory beside the root is used, and at last one within the root, which
-    exists only while a transaction is open.
+    another mount of the same one), the directory beside the root is used, and at last one within the root; these
+    exist only while something is staged.
     """
 
     def __init__(self, root: bytes, state: Path) -> None:
@@ -57,34 +74,82 @@ class Stage:
         ]
         self._choice: bytes | None = None
         self._directory: int | None = None
+        self._birth = Birth(-1, -1, 0, True)
+        prefix = secrets.token_hex(4).encode()
+        self._names = (b"%s%08x" % (prefix, n & 0xFFFFFFFF) for n in itertools.count())
         self._made: set[bytes] = set()
+        self._lock = threading.Lock()
+        #: Renamed into the tree for a moment, to see whether that works; named by the root, as roots may be neighbours.
+        self._probe_name = PREFIX + b"probe-" + hashlib.sha256(root).hexdigest()[:16].encode()
         for choice in self._choices:
             self._clear(choice)
+        with contextlib.suppress(OSError):
+            os.unlink(self._into() + b"/" + self._probe_name)
 
-    def create(self) -> tuple[Staged, int]:
-        """A new empty file, private to us, and a descriptor for reading and writing it.
+    @property
+    def birth(self) -> Birth:
+        """What files that ``create`` returned were born with."""
+        return self._birth
 
-        Raises StateError when there is no place for it, and OSError.
+    def create(self, mode: int = 0o600) -> tuple[Staged, int]:
+        """A new empty file that only we can reach, and a descriptor for reading and writing it.
+
+        Its permissions are those of ``mode`` as far as ``birth.permissions`` has them. Raises StateError when there
+        is no place for it, and OSError.
         """
-        if self._directory is None:
-            self._directory = self._choose() if self._choice is None else self._open(self._choice)
-        staged = Staged(self._directory, secrets.token_hex(8).encode())
-        handle = _create(staged)
-        self._made.add(staged.name)
-        return staged, handle
+        with self._lock:
+            directory = self._directory
+            if directory is None:
+                directory = self._choose() if self._choice is None else self._open(self._choice)
+                try:
+                    self._birth = _birth(directory, next(self._names))
+                except BaseException:
+                    os.close(directory)
+                    raise
+                self._directory = directory
+            name = next(self._names)
+            handle = os.open(name, _NEW, mode & _PERMISSIONS, dir_fd=directory)
+            self._made.add(name)
+        return Staged(directory, name), handle
 
-    def clean(self) -> None:
-        """Remove what a transaction left, and the directory too when it stands in or beside the tree."""
-        if self._directory is None or self._choice is None:
+    def placed(self, staged: Staged) -> None:
+        """A file was renamed into the tree."""
+        self._made.discard(staged.name)
+
+    def holds(self, staged: Staged) -> bool:
+        """Whether a file was neither placed nor discarded."""
+        return staged.name in self._made
+
+    def discard(self, staged: Staged) -> None:
+        """Remove a file that will not be placed, or was copied into the tree."""
+        with self._lock:
+            if staged.name in self._made:
+                self._made.discard(staged.name)
+                with contextlib.suppress(OSError):
+                    os.unlink(staged.name, dir_fd=staged.directory)
+
+    def rest(self, leave: bool = False) -> None:
+        """When nothing is staged, a directory that stands in or beside the tree goes; ``leave``: any handle, too."""
+        if self._directory is None or self._made:
             return
-        try:
+        with self._lock:
+            if not self._made and (leave or self._choice != self._choices[0]):
+                self._leave()
+
+    def close(self) -> None:
+        """Remove all that is staged, and give back the directory."""
+        with self._lock:
             for name in self._made:
                 with contextlib.suppress(OSError):
                     os.unlink(name, dir_fd=self._directory)
-        finally:
-            os.close(self._directory)
-            self._directory = None
             self._made.clear()
+            self._leave()
+
+    def _leave(self) -> None:
+        if self._directory is None or self._choice is None:
+            return
+        os.close(self._directory)
+        self._directory = None
         if self._choice != self._choices[0]:
             self._drop(self._choice)
 
@@ -130,10 +195,13 @@ class Stage:
         finally:
             os.close(above)
 
+    def _into(self) -> bytes:
+        """Where files will be renamed to."""
+        return self._root if os.path.isdir(self._root) else os.path.dirname(self._root)
+
     def _choose(self) -> int:
-        into = self._root if os.path.isdir(self._root) else os.path.dirname(self._root)
         cause: OSError | None = None
-        target = os.open(into, _DIRECTORY)
+        target = os.open(self._into(), _DIRECTORY)
         try:
             with _unnoticed(target):
                 for choice in self._choices:
@@ -154,23 +222,31 @@ class Stage:
             os.close(target)
         raise StateError(os.fsdecode(self._root), f"no place for temporary files that reaches it: {cause}")
 
-    @staticmethod
-    def _probe(directory: int, into: int) -> None:
+    def _probe(self, directory: int, into: int) -> None:
         """Rename a file from ``directory`` into the tree and remove it; raises OSError when that does not work."""
-        source = Staged(directory, secrets.token_hex(8).encode())
-        probe = PREFIX + b"probe-" + secrets.token_hex(4).encode()
-        os.close(_create(source))
+        source, probe = next(self._names), self._probe_name
+        os.close(os.open(source, _NEW, 0o600, dir_fd=directory))
         try:
-            os.rename(source.name, probe, src_dir_fd=directory, dst_dir_fd=into)
+            os.rename(source, probe, src_dir_fd=directory, dst_dir_fd=into)
         except OSError:
-            os.unlink(source.name, dir_fd=directory)
+            os.unlink(source, dir_fd=directory)
             raise
         os.unlink(probe, dir_fd=into)
 
 
-def _create(staged: Staged) -> int:
-    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    return os.open(staged.name, flags, 0o600, dir_fd=staged.directory)
+def _birth(directory: int, name: bytes) -> Birth:
+    """Learn from a file that is made and removed: umask, a default ACL and setgid directories all have a say."""
+    handle = os.open(name, _NEW, _PERMISSIONS, dir_fd=directory)
+    try:
+        status = os.fstat(handle)
+        try:
+            attributes = any(scanner.is_replicated_xattr(os.fsencode(each)) for each in os.listxattr(handle))
+        except OSError:
+            attributes = False
+    finally:
+        os.close(handle)
+        os.unlink(name, dir_fd=directory)
+    return Birth(status.st_uid, status.st_gid, status.st_mode & _PERMISSIONS, attributes)
 
 
 def _open_ours(above: int, name: bytes) -> int:

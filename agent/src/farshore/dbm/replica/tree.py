@@ -22,14 +22,13 @@ from functools import partial
 import blake3
 
 from farshore.dbm.messages import Entry, Meta
-from farshore.dbm.replica.paths import PREFIX, Handles, check, remove_tree
-from farshore.dbm.replica.stage import Staged
+from farshore.dbm.replica.paths import MISSING, PREFIX, Handles, check, open_regular, remove_tree
+from farshore.dbm.replica.stage import Birth, Stage, Staged
 from farshore.errors import FarshoreError, UnsafePath
 from farshore.fmm import scanner
 from farshore.fmm.patterns import Filter
 from farshore.fmm.types import FileKind, Root
 
-_MISSING = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 _CANNOT_KEEP = (errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS)
 _READ = 1 << 20
 #: Longer paths are kept aside under a short name: the system takes 4096 bytes, the place aside included.
@@ -89,17 +88,15 @@ class Tree:
 
     def open_file(self, path: bytes) -> int | None:
         """A descriptor for reading the regular file at ``path``; None when there is none."""
+        return open_regular(self._handles, path)
+
+    def open_apart(self, path: bytes) -> int | None:
+        """As ``open_file``, from any thread, while another one changes the tree; raises PermissionError more often."""
+        handles = Handles(self.root, widening=False)
         try:
-            parent, name = self._handles.parent(check(path))
-            handle = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=parent)
-        except OSError as error:
-            if error.errno in _MISSING:
-                return None
-            raise
-        if not stat.S_ISREG(os.fstat(handle).st_mode):
-            os.close(handle)
-            return None
-        return handle
+            return open_regular(handles, path)
+        finally:
+            handles.forget()
 
     def entries(self, root: int, digests: bool) -> Iterator[Entry]:
         """All that is in the tree, parents before children; with ``digests``, every file is read."""
@@ -144,35 +141,55 @@ class Tree:
             self._apply_meta(parent, name, meta, FileKind.DIRECTORY)
             self._handles.settled(path)
 
-    def prepare(self, handle: int, meta: Meta) -> None:
-        """Give a staged file its metadata before it gets its name."""
-        where = f"/proc/self/fd/{handle}".encode()
-        self._keep("owner", lambda: os.fchown(handle, meta.uid, meta.gid))
-        os.fchmod(handle, meta.mode)
-        self._apply_xattrs(where, meta, follow=True)
+    def prepare(self, handle: int, meta: Meta, birth: Birth | None = None) -> None:
+        """Give a staged file its metadata before it gets its name; ``birth``: it is as it was created for ``meta``."""
+        if birth is None or (birth.uid, birth.gid) != (meta.uid, meta.gid):
+            self._keep("owner", lambda: os.fchown(handle, meta.uid, meta.gid))
+            os.fchmod(handle, meta.mode)
+        elif meta.mode & ~birth.permissions or birth.attributes:
+            os.fchmod(handle, meta.mode)
+        if meta.xattrs or birth is None or birth.attributes:
+            self._apply_xattrs(f"/proc/self/fd/{handle}".encode(), meta, follow=True)
         os.utime(handle, ns=(meta.atime_ns, meta.mtime_ns))
 
-    def place(self, staged: Staged, path: bytes, meta: Meta) -> None:
+    def place(self, stage: Stage, staged: Staged, path: bytes, meta: Meta) -> None:
         """Rename a staged, durable file that was prepared with ``meta`` to its name in the tree."""
-        with self._expecting(path):
-            parent, name = self._handles.writable_parent(check(path))
-            there = self._lstat(parent, name)
-            if there is not None:
-                if stat.S_ISDIR(there.st_mode):
-                    self._discard(parent, name, path, there)
-                    parent, name = self._handles.parent(path)
-                else:
-                    self._rescue_copy(parent, name, path, there)
-            try:
-                os.rename(staged.name, name, src_dir_fd=staged.directory, dst_dir_fd=parent)
-            except OSError as error:
-                if error.errno != errno.EXDEV:
-                    raise
-                # Another filesystem is mounted somewhere below the root.
-                self._place_copy(staged, parent, name, meta)
-            if self._rescue is not None:
-                placed = os.stat(name, dir_fd=parent, follow_symlinks=False)
-                self._placed.add((placed.st_dev, placed.st_ino))
+        try:
+            parent, name = self._handles.writable_parent(path)
+            if self._rescue is None:
+                try:
+                    os.rename(staged.name, name, src_dir_fd=staged.directory, dst_dir_fd=parent)
+                    stage.placed(staged)
+                    return
+                except OSError as error:
+                    if error.errno not in (errno.EISDIR, errno.EXDEV):
+                        raise
+            self._place_over(stage, staged, path, meta)
+        except OSError as error:
+            raise _unexpected(path, error) from None
+
+    def _place_over(self, stage: Stage, staged: Staged, path: bytes, meta: Meta) -> None:
+        """As ``place``, where it matters what is there."""
+        parent, name = self._handles.parent(path)
+        there = self._lstat(parent, name)
+        if there is not None:
+            if stat.S_ISDIR(there.st_mode):
+                self._discard(parent, name, path, there)
+                parent, name = self._handles.parent(path)
+            else:
+                self._rescue_copy(parent, name, path, there)
+        try:
+            os.rename(staged.name, name, src_dir_fd=staged.directory, dst_dir_fd=parent)
+            stage.placed(staged)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            # Another filesystem is mounted somewhere below the root.
+            self._place_copy(staged, parent, name, meta)
+            stage.discard(staged)
+        if self._rescue is not None:
+            placed = os.stat(name, dir_fd=parent, follow_symlinks=False)
+            self._placed.add((placed.st_dev, placed.st_ino))
 
     def make_symlink(self, path: bytes, meta: Meta, target: bytes) -> None:
         """Put a symbolic link at ``path``; its target is data and is never followed."""
@@ -258,7 +275,7 @@ class Tree:
         try:
             parent, name = self._handles.writable_parent(check(path))
         except OSError as error:
-            if error.errno in _MISSING:
+            if error.errno in MISSING:
                 return
             raise
         there = self._lstat(parent, name)
@@ -445,29 +462,34 @@ class Tree:
         raise AssertionError("unreachable")
 
     def _apply_meta(self, parent: int, name: bytes, meta: Meta, kind: FileKind) -> None:
-        self._keep("owner", lambda: os.chown(name, meta.uid, meta.gid, dir_fd=parent, follow_symlinks=False))
-        where = f"/proc/self/fd/{parent}/".encode() + name
-        if kind is not FileKind.SYMLINK:
-            # chmod follows links; the kind was read a moment ago and a handle of ours pins the directory.
-            handle = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
-            try:
+        """Change what differs: a change that changes nothing would cost a write of the inode all the same."""
+        handle = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+        try:
+            there = os.fstat(handle)
+            link = stat.S_ISLNK(there.st_mode)
+            if link is not (kind is FileKind.SYMLINK):
+                raise BaseUnknown(name, "it has become a symbolic link" if link else "it is no symbolic link any more")
+            owned = (there.st_uid, there.st_gid) == (meta.uid, meta.gid)
+            if not owned:
+                self._keep("owner", lambda: os.chown(name, meta.uid, meta.gid, dir_fd=parent, follow_symlinks=False))
+            if link:
+                self._apply_xattrs(f"/proc/self/fd/{parent}/".encode() + name, meta, follow=False)
+            else:
+                # fchmod(2) takes no O_PATH descriptor, and chmod would follow what takes the name's place.
                 where = f"/proc/self/fd/{handle}".encode()
-                if stat.S_ISLNK(os.fstat(handle).st_mode):
-                    raise BaseUnknown(name, "it has become a symbolic link")
-                os.chmod(where, meta.mode)
+                if not owned or stat.S_IMODE(there.st_mode) != meta.mode:
+                    os.chmod(where, meta.mode)
                 self._apply_xattrs(where, meta, follow=True)
-            finally:
-                os.close(handle)
-        else:
-            self._apply_xattrs(where, meta, follow=False)
+        finally:
+            os.close(handle)
         os.utime(name, ns=(meta.atime_ns, meta.mtime_ns), dir_fd=parent, follow_symlinks=False)
 
     def _apply_xattrs(self, where: bytes, meta: Meta, follow: bool) -> None:
-        wanted = dict(meta.xattrs)
         try:
             there = {os.fsencode(name) for name in os.listxattr(where, follow_symlinks=follow)}
         except OSError:
             there = set()
+        wanted = dict(meta.xattrs)
         for name in there - set(wanted):
             if scanner.is_replicated_xattr(name):
                 self._keep(_namespace(name), partial(os.removexattr, where, name, follow_symlinks=follow))
@@ -500,9 +522,14 @@ class Tree:
         try:
             yield
         except OSError as error:
-            if error.errno in _MISSING or error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.EISDIR):
-                raise BaseUnknown(path, error.strerror or str(error)) from None
-            raise
+            raise _unexpected(path, error) from None
+
+
+def _unexpected(path: bytes, error: OSError) -> Exception:
+    """What ``error`` says of the source's picture of the tree: BaseUnknown, or the error itself."""
+    if error.errno in MISSING or error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.EISDIR):
+        return BaseUnknown(path, error.strerror or str(error))
+    return error
 
 
 def _namespace(name: bytes) -> str:

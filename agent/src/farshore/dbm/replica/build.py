@@ -1,0 +1,223 @@
+"""Build the content of a staged file at the cost of what changes in it.
+
+Where the filesystem shares blocks between files (XFS, btrfs), the new file begins as a clone of the old one: what stays
+where it was needs no write, other whole blocks of the old file are cloned to their new place. Elsewhere the new file
+is written from beginning to end. Either way it is nobody's file until it is complete, and what it holds was hashed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import struct
+from collections.abc import Callable, Iterator
+
+import blake3
+import numpy
+
+from farshore import delta
+from farshore.dbm.replica.stage import Staged
+
+# ioctl_ficlonerange(2), fallocate(2), sync_file_range(2)
+_FICLONE = 0x40049409
+_FICLONERANGE = 0x4020940D
+_KEEP_SIZE, _PUNCH_HOLE = 1, 2
+_SYNC_WRITE = 2
+_RANGE = struct.Struct("=qQQQ")
+
+#: Zeros become holes in units of this many bytes, aligned in the file.
+_HOLE = 4096
+#: Shorter ranges are written: a call that clones costs about as much as writing them.
+_LEAST_CLONE = 64 << 10
+#: After so many written bytes the system is told to begin with writing back: a sync at the end has less to wait for.
+_WRITE_BACK = 32 << 20
+_READ = 1 << 20
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+_libc.sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+
+_Identity = tuple[int, int, int]
+
+
+class Building:
+    """A staged file whose content comes in order, by ``write`` and ``copy``; ``handle`` and ``base`` become its own.
+
+    ``check`` is called before each step and may raise. All methods raise OSError.
+    """
+
+    def __init__(
+        self, staged: Staged, handle: int, base: int | None, *, sparse: bool, check: Callable[[], None]
+    ) -> None:
+        self.staged = staged
+        self.handle = handle
+        self.base = base
+        self.sparse = sparse
+        self._check = check
+        self._at = 0
+        self._written = self._written_back = 0
+        #: The size that the clone began with; None when it is no clone.
+        self._cloned: int | None = None
+        self._block = _HOLE
+        self._base_was: _Identity | None = None
+        if base is not None:
+            self._base_was = _identity(base)
+            self._cloned = _clone(handle, base)
+            self._block = os.fstatvfs(handle).f_frsize
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Append ``data``."""
+        self._check()
+        view = memoryview(data)
+        if self.sparse:
+            for start, end, empty in _runs(view, self._at):
+                if empty:
+                    self._make_hole(self._at + start, end - start)
+                else:
+                    self._write(view[start:end], self._at + start)
+        else:
+            self._write(view, self._at)
+        self._at += len(view)
+
+    def copy(self, offset: int, piece: bytes) -> None:
+        """Append ``piece``, which the base has at ``offset``."""
+        self._check()
+        if self._is_there(offset, len(piece)) or self._clone_range(offset, len(piece)):
+            self._at += len(piece)
+        else:
+            self.write(piece)
+
+    def finish(self, digest: bytes) -> None:
+        """All is there: its size, and that it is what was hashed; raises DeltaCorrupt when it is not."""
+        os.ftruncate(self.handle, self._at)
+        # What was cloned was hashed as the base was read, at another moment.
+        if self._cloned is not None and self.base is not None and _identity(self.base) != self._base_was:
+            hasher = blake3.blake3()
+            for block in read_blocks(self.handle, self._check):
+                hasher.update(block)
+            if hasher.digest() != digest:
+                raise delta.DeltaCorrupt("the file that it builds on changed meanwhile")
+        self._release_base()
+
+    def sync(self) -> None:
+        """Make the content durable."""
+        os.fdatasync(self.handle)
+
+    def close(self) -> None:
+        """Give back the handles; the file stays. Idempotent."""
+        self._release_base()
+        if self.handle >= 0:
+            os.close(self.handle)
+            self.handle = -1
+
+    def _release_base(self) -> None:
+        if self.base is not None:
+            os.close(self.base)
+            self.base = None
+
+    def _write(self, view: memoryview, at: int) -> None:
+        while view:
+            done = os.pwrite(self.handle, view, at)
+            view, at = view[done:], at + done
+            self._written += done
+        if self._written - self._written_back >= _WRITE_BACK:
+            self._written_back = self._written
+            _libc.sync_file_range(self.handle, 0, 0, _SYNC_WRITE)
+
+    def _make_hole(self, at: int, length: int) -> None:
+        if self._cloned is None or at >= self._cloned:
+            return  # nothing was ever there
+        if _libc.fallocate(self.handle, _KEEP_SIZE | _PUNCH_HOLE, at, length) != 0:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+    def _is_there(self, offset: int, length: int) -> bool:
+        """Whether the clone has these bytes of the base where they belong now."""
+        return self._cloned is not None and offset == self._at and offset + length <= self._cloned
+
+    def _clone_range(self, offset: int, length: int) -> bool:
+        """Share whole blocks of the base; False when the bytes must be written."""
+        if self._cloned is None or self.base is None:
+            return False
+        if length < _LEAST_CLONE or (offset | self._at | length) % self._block:
+            return False
+        try:
+            fcntl.ioctl(self.handle, _FICLONERANGE, _RANGE.pack(self.base, offset, length, self._at))
+        except OSError as error:
+            if error.errno in _NO_CLONE:
+                return False
+            raise
+        return True
+
+
+_NO_CLONE = (errno.EOPNOTSUPP, errno.ENOTTY, errno.EXDEV, errno.EINVAL, errno.EPERM, errno.ETXTBSY, errno.ENOSYS)
+
+
+def copy_file(building: Building) -> bytes:
+    """Fill a building with its whole base; returns its BLAKE3-256. Raises OSError and DeltaCorrupt."""
+    assert building.base is not None
+    hasher = blake3.blake3()
+    at = 0
+    for block in read_blocks(building.base, lambda: None):
+        hasher.update(block)
+        building.copy(at, block)
+        at += len(block)
+    digest = hasher.digest()
+    building.finish(digest)
+    return digest
+
+
+def read_blocks(handle: int, check: Callable[[], None]) -> Iterator[bytes]:
+    """The content of a file from its beginning; ``check`` is called before each block and may raise."""
+    at = 0
+    while True:
+        check()
+        block = os.pread(handle, _READ, at)
+        if not block:
+            return
+        yield block
+        at += len(block)
+
+
+def room(handle: int, sparse: bool) -> int:
+    """How many bytes the content of a file on this filesystem may have: more does not fit or makes no sense."""
+    if sparse:
+        return 1 << 50
+    status = os.fstatvfs(handle)
+    return status.f_frsize * status.f_blocks
+
+
+def _clone(handle: int, base: int) -> int | None:
+    """Make an empty file a clone of ``base``; returns its size, None where files cannot share blocks."""
+    try:
+        fcntl.ioctl(handle, _FICLONE, base)
+    except OSError as error:
+        if error.errno in _NO_CLONE:
+            return None
+        raise
+    return os.fstat(handle).st_size
+
+
+def _identity(handle: int) -> _Identity:
+    status = os.fstat(handle)
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def _runs(view: memoryview, at: int) -> Iterator[tuple[int, int, bool]]:
+    """Cut what goes to offset ``at`` into runs (start, end, holds only zeros); those of zeros are whole blocks."""
+    head = min(-at % _HOLE, len(view))
+    blocks = (len(view) - head) // _HOLE
+    tail = head + blocks * _HOLE
+    data = 0  # where the run that holds data begins
+    if blocks:
+        whole = numpy.frombuffer(view[head:tail], dtype=numpy.uint8).reshape(blocks, _HOLE)
+        empty = ~whole.any(axis=1)
+        edges = numpy.flatnonzero(numpy.diff(empty, prepend=False, append=False)).tolist()
+        for first, last in zip(edges[::2], edges[1::2], strict=True):
+            start, end = head + first * _HOLE, head + last * _HOLE
+            if data < start:
+                yield data, start, False
+            yield start, end, True
+            data = end
+    if data < len(view):
+        yield data, len(view), False

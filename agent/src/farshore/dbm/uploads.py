@@ -1,0 +1,283 @@
+"""Large files, on their way to the replica beside the transactions.
+
+A file is read by a thread of its own and sent in pieces, between which transactions go their way. What the replica
+had received of a file when the connection broke is not sent again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractAsyncContextManager
+from typing import Protocol, TypeVar
+
+import blake3
+
+from farshore import delta
+from farshore.dbm import wire
+from farshore.dbm.index import Known
+from farshore.dbm.messages import INLINE_MAX, Chunk, Partial, Upload
+from farshore.dbm.work import Content, Job
+from farshore.fmm import scanner
+from farshore.fmm.types import FileKind, Root
+
+#: Files up to this size have a slot of their own, so that they need not wait for a file of hours.
+SMALL = 16 << 20
+#: A file that changed while it was read is read again after as long as the reading took, at most so many seconds.
+MAX_REST = 5.0
+#: A file is read when it was left alone for as long as about a fifth of the reading takes, at most QUIET_SECONDS; but
+#: at the latest MAX_WAIT seconds after it was found changed. Who writes many pages is seldom done with the first.
+QUIET_SECONDS = 0.1
+MAX_WAIT = 1.0
+_QUIET_PER_BYTE = 1e-10
+_READ = 1 << 20
+#: A delta's header names its base: only a prefix that holds it tells that what follows will fit.
+_MIN_RESUME = 64
+_T = TypeVar("_T")
+
+
+class Line(Protocol):
+    """What uploads need of the connection that they go over."""
+
+    def between(self) -> AbstractAsyncContextManager[object]:
+        """While entered, no transaction is planned or sent."""
+
+    async def what_is_known(self, job: Job) -> tuple[Known | None, bytes | None]:
+        """What the index has of the job's path: the entry, and the signature as bytes."""
+
+    async def ask_signature(self, job: Job) -> bytes | None:
+        """The signature of the replica's file, None when it has none."""
+
+    async def send(self, frames: list[bytes]) -> None:
+        """Send frames; returns when more may follow."""
+
+    def piece(self) -> int:
+        """Bytes of content to send at once."""
+
+    def done(self, job: Job) -> None:
+        """The job has its content, or its problem."""
+
+
+class Uploads:
+    """Carries out the jobs of one connection, two at a time: in the second slot only files up to SMALL."""
+
+    def __init__(self, roots: list[Root], line: Line, partials: list[Partial]) -> None:
+        self._roots = roots
+        self._line = line
+        self._partials = {(partial.root, partial.path): partial for partial in partials}
+        self._numbers = itertools.count(1)
+        self._jobs: list[Job] = []
+        self._changed = asyncio.Event()
+        self._stopped = threading.Event()
+        self._pool = ThreadPoolExecutor(2, thread_name_prefix="upload")
+        self._rest: dict[tuple[int, bytes], float] = {}
+
+    def add(self, job: Job) -> None:
+        """Have a file read, and sent when need be."""
+        now = job.since = time.monotonic()
+        self._rest = {key: until for key, until in self._rest.items() if until > now}
+        job.not_before = self._rest.get((job.root, job.path), 0.0)
+        self._jobs.append(job)
+        self._changed.set()
+
+    async def run(self) -> None:
+        """Work until cancelled; raises what the line raises."""
+        slots = [asyncio.create_task(self._slot(limit)) for limit in (None, SMALL)]
+        try:
+            await asyncio.gather(*slots)
+        finally:
+            self._stopped.set()
+            for slot in slots:
+                slot.cancel()
+            await asyncio.gather(*slots, return_exceptions=True)
+            self._pool.shutdown(wait=False)
+
+    async def _slot(self, limit: int | None) -> None:
+        while True:
+            job = await self._next(limit)
+            started = time.monotonic()
+            try:
+                await self._carry_out(job)
+            except OSError as error:
+                job.problem = error
+            if job.content is not None and not job.content.is_settled:
+                ended = time.monotonic()
+                self._rest[job.root, job.path] = ended + min(MAX_REST, ended - started)
+            self._line.done(job)
+
+    async def _next(self, limit: int | None) -> Job:
+        while True:
+            now = time.monotonic()
+            fitting = [job for job in self._jobs if limit is None or job.size <= limit]
+            for job in fitting:
+                if job.not_before <= now:
+                    job.not_before = now + self._restless(job, now)
+                if job.not_before <= now:
+                    self._jobs.remove(job)
+                    return job
+            self._changed.clear()
+            wait = min((job.not_before - now for job in fitting), default=None)
+            try:
+                async with asyncio.timeout(wait):
+                    await self._changed.wait()
+            except TimeoutError:
+                continue
+
+    def _restless(self, job: Job, now: float) -> float:
+        """Seconds for which it is better to leave the file alone, as somebody is writing to it."""
+        root = self._roots[job.root].path
+        try:
+            changed = os.stat(root + b"/" + job.path if job.path else root, follow_symlinks=False).st_mtime
+        except OSError:
+            return 0.0
+        quiet = min(QUIET_SECONDS, job.size * _QUIET_PER_BYTE)
+        left = quiet - (time.time() - changed)
+        return min(left, job.since + MAX_WAIT - now) if 0 < left <= quiet else 0.0
+
+    async def _carry_out(self, job: Job) -> None:
+        if job.hash_only:
+            job.content = await self._in_thread(_Reading(self._roots[job.root], job, None, self._stopped).hash)
+            return
+        reading = None
+        async with self._line.between():
+            known, blob = await self._line.what_is_known(job)
+            based = known is not None and known.kind is FileKind.FILE and known.size > INLINE_MAX
+            if not based or blob is not None:
+                reading = await self._open(job, blob)
+        if reading is None:
+            blob = await self._line.ask_signature(job)
+            async with self._line.between():
+                # What was asked for is no base for what the replica may have at this path by now.
+                again, _ = await self._line.what_is_known(job)
+                reading = await self._open(job, blob if again == known else None)
+        await self._send(job, reading)
+
+    async def _open(self, job: Job, blob: bytes | None) -> _Reading:
+        """Announce the upload, from where an earlier connection left it if that is possible."""
+        based = blob is not None
+        reading = _Reading(self._roots[job.root], job, blob, self._stopped)
+        skip = 0
+        partial = self._partials.pop((job.root, job.path), None)
+        if partial is not None and partial.based == based and partial.received >= _MIN_RESUME:
+            if await self._in_thread(reading.skip, partial.received, partial.digest):
+                skip = partial.received
+            else:
+                reading = _Reading(self._roots[job.root], job, blob, self._stopped)
+        job.number = next(self._numbers)
+        await self._line.send([wire.frame(Upload(job.number, job.root, job.path, based, reading.sparse, skip))])
+        return reading
+
+    async def _send(self, job: Job, reading: _Reading) -> None:
+        # One piece is read while the one before it is sent.
+        ahead = asyncio.ensure_future(self._in_thread(reading.piece))
+        try:
+            while (piece := await ahead) is not None:
+                ahead = asyncio.ensure_future(self._in_thread(reading.piece))
+                view = memoryview(piece)
+                while view:
+                    size = self._line.piece()
+                    await self._line.send([wire.frame(Chunk(job.number, bytes(view[:size]), False))])
+                    view = view[size:]
+        finally:
+            ahead.cancel()
+        await self._line.send([wire.frame(Chunk(job.number, b"", True))])
+        job.content = reading.content
+
+    async def _in_thread(self, call: Callable[..., _T], *args: object) -> _T:
+        return await asyncio.get_running_loop().run_in_executor(self._pool, call, *args)
+
+
+class _Reading:
+    """Reads the file of a job once, in one thread at a time; opened here, closed with the object's last use.
+
+    ``blob`` is the signature of what the replica has, None when the content goes whole. Every method raises OSError.
+    """
+
+    def __init__(self, root: Root, job: Job, blob: bytes | None, stopped: threading.Event) -> None:
+        self._stopped = stopped
+        self._blob = blob
+        self._started = time.time_ns()
+        self._file = os.fdopen(_open(root, job.path), "rb", buffering=0)
+        self._before = os.fstat(self._file.fileno())
+        self.sparse = self._before.st_blocks * 512 < self._before.st_size
+        self._encoder: delta.Encoder | None = None
+        self._pieces: Iterator[bytes] = iter(())
+        self._pending = b""
+        self.content: Content | None = None
+
+    def readinto(self, view: memoryview) -> int | None:
+        """Read on; the encoder calls it."""
+        if self._stopped.is_set():
+            raise InterruptedError("the connection is gone")
+        return self._file.readinto(view)
+
+    def read(self, size: int) -> bytes:
+        """As ``readinto``, for what has no buffer."""
+        if self._stopped.is_set():
+            raise InterruptedError("the connection is gone")
+        return self._file.read(size) or b""
+
+    def hash(self) -> Content:
+        """Read it all for its digest only."""
+        hasher = blake3.blake3()
+        length = 0
+        with self._file:
+            while block := self.read(_READ):
+                hasher.update(block)
+                length += len(block)
+            return self._told(length, hasher.digest(), None)
+
+    def piece(self) -> bytes | None:
+        """The next bytes of the delta; None at its end, when ``content`` is there."""
+        self._begin()
+        if self._pending:
+            piece, self._pending = self._pending, b""
+            return piece
+        piece = next(self._pieces, b"")
+        if piece:
+            return piece
+        assert self._encoder is not None
+        if self.content is None:
+            signature = self._encoder.signature
+            blob = None if signature is None else signature.to_bytes()
+            with self._file:
+                self.content = self._told(self._encoder.length, self._encoder.digest, blob)
+        return None
+
+    def skip(self, received: int, digest: bytes) -> bool:
+        """Pass over the bytes that the replica has, if they have this BLAKE3-256; False when they are other ones."""
+        self._begin()
+        hasher = blake3.blake3()
+        while received:
+            piece = next(self._pieces, b"")
+            if not piece:
+                return False
+            hasher.update(piece[:received])
+            self._pending = piece[received:]
+            received -= min(received, len(piece))
+        return hasher.digest() == digest
+
+    def _begin(self) -> None:
+        if self._encoder is None:
+            base = None if self._blob is None else delta.Signature.from_bytes(self._blob)
+            self._blob = None
+            size = delta.preferred_block_size(self._before.st_size) if base is None else None
+            self._encoder = delta.Encoder(base, block_size=size)
+            self._pieces = self._encoder.encode(self)
+
+    def _told(self, length: int, digest: bytes, signature: bytes | None) -> Content:
+        after = os.fstat(self._file.fileno())
+        return Content(self._before, after, self._started, length, digest, signature)
+
+
+def _open(root: Root, path: bytes) -> int:
+    flags = os.O_RDONLY | os.O_NONBLOCK
+    try:
+        return scanner.open_beneath(root.path, path, flags | os.O_NOATIME)
+    except PermissionError:
+        return scanner.open_beneath(root.path, path, flags)

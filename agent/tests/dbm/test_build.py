@@ -1,0 +1,219 @@
+"""Contents of staged files, on filesystems that share blocks and on those that do not."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import blake3
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from replicas import FILE, Replica, put_whole, stream
+
+from farshore import delta
+from farshore.dbm.messages import Ack, Copy
+from farshore.dbm.replica import build
+from farshore.dbm.replica.build import Building, copy_file
+from farshore.dbm.replica.stage import Staged
+
+PAGE = 4096
+
+
+@pytest.fixture(scope="module")
+def xfs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A filesystem whose files can share blocks, on an image; skips where none can be mounted."""
+    if shutil.which("mkfs.xfs") is None:
+        pytest.skip("mkfs.xfs is not installed (package xfsprogs)")
+    if os.geteuid() != 0:
+        pytest.skip("only root can mount an image")
+    base = tmp_path_factory.mktemp("xfs")
+    image, where = base / "image", base / "mounted"
+    where.mkdir()
+    with image.open("wb") as file:
+        file.truncate(512 << 20)
+    subprocess.run(["mkfs.xfs", "-q", "-m", "reflink=1", str(image)], check=True)
+    mounted = subprocess.run(["mount", "-o", "loop", str(image), str(where)], capture_output=True, text=True)
+    if mounted.returncode != 0:
+        pytest.skip(f"no loop device can be had: {mounted.stderr.strip()}")
+    try:
+        yield where
+    finally:
+        subprocess.run(["umount", str(where)], check=True)
+        image.unlink()
+
+
+@pytest.fixture(params=["plain", "shared"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A directory on either kind of filesystem."""
+    if request.param == "plain":
+        return tmp_path
+    made = request.getfixturevalue("xfs") / tmp_path.name
+    made.mkdir()
+    return Path(made)
+
+
+def build_file(place: Path, old: bytes | None, new: bytes, sparse: bool) -> Path:
+    """Apply the delta from ``old`` to ``new`` as an upload does; returns the new file."""
+    base = None
+    if old is not None:
+        (place / "old").write_bytes(old)
+        base = os.open(place / "old", os.O_RDONLY)
+    path = place / "new"
+    path.unlink(missing_ok=True)
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    building = Building(Staged(-1, b"new"), handle, base, sparse=sparse, check=lambda: None)
+    applier = delta.Applier(None if base is None else delta.FdReader(base), building.write, copy=building.copy)
+    applier.feed(stream(new, old))
+    building.finish(applier.finish().digest)
+    building.close()
+    return path
+
+
+def edited(seed: int) -> tuple[bytes, bytes]:
+    """Old and new content: pages overwritten, moved, zeroed, bytes inserted, an end cut off or added."""
+    chance = random.Random(seed)
+    old = b"".join(
+        chance.choice([chance.randbytes(PAGE), bytes(PAGE)]) for _ in range(200)
+    ) + b"tail" * chance.randrange(9)
+    new = bytearray(old)
+    for _ in range(chance.randrange(8)):
+        at = chance.randrange(0, len(new) // PAGE) * PAGE
+        match chance.randrange(6):
+            case 0:
+                new[at : at + PAGE] = chance.randbytes(PAGE)
+            case 1:
+                new[at : at + 20 * PAGE] = bytes(min(20 * PAGE, len(new) - at))
+            case 2:
+                new[at:at] = chance.randbytes(chance.randrange(1, 9000))
+            case 3:
+                part = new[at : at + 40 * PAGE]
+                del new[at : at + 40 * PAGE]
+                new += part
+            case 4:
+                del new[-chance.randrange(1, 3 * PAGE) :]
+            case 5:
+                new += bytes(chance.randrange(1, 30 * PAGE))
+    return old, bytes(new)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("seed", range(12))
+def test_any_edit_gives_the_same_bytes(place: Path, seed: int, sparse: bool) -> None:
+    old, new = edited(seed)
+    assert build_file(place, old, new, sparse).read_bytes() == new
+    assert build_file(place, None, new, sparse).read_bytes() == new
+    assert (place / "old").read_bytes() == old
+
+
+def test_only_what_changed_is_written(xfs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = xfs / tmp_path.name
+    place.mkdir()
+    written = []
+    pwrite = os.pwrite
+
+    def noted(handle: int, data: memoryview, at: int) -> int:
+        written.append(len(data))
+        return pwrite(handle, data, at)
+
+    old = os.urandom(8 << 20)
+    new = bytearray(old)
+    new[5 * PAGE : 6 * PAGE] = os.urandom(PAGE)
+    # A part at another place, whole blocks of it.
+    new[1 << 20 : 2 << 20] = old[4 << 20 : 5 << 20]
+    monkeypatch.setattr(os, "pwrite", noted)
+    path = build_file(place, old, bytes(new), False)
+    assert path.read_bytes() == new
+    assert sum(written) <= 4 * PAGE
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_zeros_become_holes(place: Path, shared: bool) -> None:
+    old = os.urandom(4 << 20)
+    new = old[: 1 << 20] + bytes(2 << 20) + old[3 << 20 :] + bytes(1 << 20)
+    path = build_file(place, old if shared else None, new, True)
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        assert os.lseek(handle, 0, os.SEEK_HOLE) == 1 << 20
+        assert os.lseek(handle, 1 << 20, os.SEEK_DATA) == 3 << 20
+        assert os.lseek(handle, 3 << 20, os.SEEK_HOLE) == 4 << 20
+        assert os.fstat(handle).st_size == 5 << 20
+    finally:
+        os.close(handle)
+
+
+def test_a_base_that_is_tampered_with_meanwhile(place: Path) -> None:
+    """What was hashed is what the new file holds, or the file is refused."""
+    old = os.urandom(64 * PAGE)
+    (place / "old").write_bytes(old)
+    base = os.open(place / "old", os.O_RDONLY)
+    handle = os.open(place / "new", os.O_RDWR | os.O_CREAT, 0o600)
+    with (place / "old").open("r+b") as file:
+        file.write(b"tampered")
+        file.flush()
+        os.fsync(file.fileno())
+        building = Building(Staged(-1, b"new"), handle, base, sparse=False, check=lambda: None)
+        file.seek(0)
+        file.write(old[:8])
+    os.utime(place / "old", ns=(1, 1))
+    hasher = blake3.blake3(old)
+    for at in range(0, len(old), PAGE):
+        building.copy(at, old[at : at + PAGE])
+    try:
+        building.finish(hasher.digest())
+    except delta.DeltaCorrupt:
+        pass
+    else:
+        assert (place / "new").read_bytes() == old
+    building.close()
+
+
+def test_a_copy_shares_or_repeats(place: Path) -> None:
+    content = os.urandom(3 * PAGE) + bytes(100 * PAGE) + b"end"
+    (place / "old").write_bytes(content)
+    handle = os.open(place / "new", os.O_RDWR | os.O_CREAT, 0o600)
+    base = os.open(place / "old", os.O_RDONLY)
+    building = Building(Staged(-1, b"new"), handle, base, sparse=True, check=lambda: None)
+    assert copy_file(building) == blake3.blake3(content).digest()
+    building.close()
+    assert (place / "new").read_bytes() == content
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.binary(max_size=50), st.lists(st.tuples(st.booleans(), st.integers(1, 9000)), max_size=6), st.integers(0, 9000)
+)
+def test_runs_cover_everything(seed: bytes, parts: list[tuple[bool, int]], at: int) -> None:
+    data = seed + b"".join((b"\0" if zero else b"x") * length for zero, length in parts)
+    end = 0
+    for start, stop, empty in build._runs(memoryview(data), at):
+        assert start == end < stop
+        end = stop
+        if empty:
+            assert not data[start:stop].strip(b"\0")
+            assert (at + start) % PAGE == 0 == (at + stop) % PAGE
+        else:
+            block = -(-(at + start) // PAGE) * PAGE
+            for each in range(block, at + stop - PAGE + 1, PAGE):
+                assert data[each - at : each - at + PAGE].strip(b"\0")
+    assert end == len(data)
+
+
+def test_a_replica_where_blocks_are_shared(place: Path) -> None:
+    (place / "root").mkdir()
+    replica = Replica(place)
+    try:
+        old, new = edited(99)
+        for number, (content, before) in enumerate(((old, None), (new, old), (old, new))):
+            frames = put_whole(number, b"f", content, before, sparse=bool(number % 2))
+            replica.source.put(*frames[:-1])
+            assert isinstance(replica.send(frames[-1]), Ack)
+            assert (place / "root" / "f").read_bytes() == content
+        assert isinstance(replica.send(Copy(0, b"g", FILE, 0, b"f", blake3.blake3(old).digest())), Ack)
+        assert (place / "root" / "g").read_bytes() == old
+    finally:
+        replica.finish()
