@@ -53,6 +53,7 @@ lint: setup ## ruff, mypy, ansible-lint
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy agent/src
 	$(BIN)/mypy tests/lab
+	$(BIN)/mypy --strict bench
 	$(BIN)/ansible-lint
 
 .PHONY: unit
@@ -69,6 +70,24 @@ lab-up: lab-deps ## The lab's hosts, to play with: see tests/lab/README.md
 
 lab-down: setup ## Remove the lab's hosts
 	@$(LAB) down
+
+BENCH_PACKAGES := rsync rdiff lsyncd syncthing xfsprogs btrfs-progs iperf3 time iproute2 util-linux
+
+.PHONY: bench-deps
+bench-deps: setup $(VENV)/.bench
+
+$(VENV)/.bench: bench/requirements.txt $(VENV)/.ready
+	@dpkg -s $(BENCH_PACKAGES) >/dev/null 2>&1 || \
+	  { apt-get -q update && apt-get -q -y install --no-install-recommends $(BENCH_PACKAGES); }
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python -r bench/requirements.txt
+	@touch $@
+
+.PHONY: bench bench-quick
+bench: bench-deps lab-deps ## All benchmarks beside their peers, up to an hour; writes build/bench/
+	@$(BIN)/python -m bench
+
+bench-quick: bench-deps ## Rows 1 to 7 in about ten minutes
+	@$(BIN)/python -m bench --quick
 
 .PHONY: build
 build: setup ## The collection's tarball, in build/

@@ -1,0 +1,1 @@
+"""Farshore beside its peers, on the same machine, in the same minute: ``python -m bench --help``."""
