@@ -58,6 +58,8 @@ def _contestants(old: bytes, new: bytes) -> dict[str, Work]:
         memoryview(target)[:] = new
 
     found: dict[str, Work] = {
+        "signature kernel": _timed(lambda: _sign_in_place(new)),
+        "scan kernel, no match": _timed(_scan_in_place(old, new)),
         "sign": _timed(lambda: delta.sign(io.BytesIO(new))),
         "scan, no match": _timed(lambda: _drain(signature, new)),
         "encode, nothing changed": _timed(lambda: _drain(same, new)),
@@ -71,6 +73,55 @@ def _contestants(old: bytes, new: bytes) -> dict[str, Work]:
     else:
         found["xxh3_128"] = _timed(lambda: xxhash.xxh3_128_digest(new))
     return found
+
+
+def _sign_in_place(content: bytes) -> None:
+    """The kernel of the signature alone: weak sums, strong hashes and digest, of content that lies in memory."""
+    import numpy as np
+
+    from farshore.delta import signature
+
+    data = _WRITABLE.get(id(content))
+    if data is None:
+        data = _WRITABLE[id(content)] = np.frombuffer(content, np.uint8).copy()
+    span = signature.window_span(signature.BLOCK_SIZE)
+    signer = signature.BlockSigner(signature.BLOCK_SIZE, span)
+    for start in range(0, len(data) - len(data) % span, span):
+        signer.add(data, start, span)
+    signer.digest()
+
+
+#: Content as arrays that kernels take.
+_WRITABLE: dict[int, Any] = {}
+
+
+def _scan_in_place(old: bytes, new: bytes) -> Callable[[], object]:
+    """The kernel of the rolling scan alone: which positions of ``new`` have a weak sum that a block of ``old`` has."""
+    import numba
+    import numpy as np
+
+    from farshore import delta
+    from farshore.delta import encode, kernels
+
+    size = delta.BLOCK_SIZE
+    base = delta.sign(io.BytesIO(old))
+    index, _ = encode._make_index(base.weak[: base.length // size])
+    scratch = kernels.make_scratch(size)
+    data = np.frombuffer(new, np.uint8).copy()
+    weak_sum, scan_batch, batch = kernels.weak_sum, kernels.scan_batch, kernels.SCAN_BATCH
+
+    @numba.njit(nogil=True)
+    def scan(data: Any, size: int, index: Any, scratch: Any) -> int:
+        found = 0
+        scratch.sums[0] = weak_sum(data, 0, size)
+        position = 0
+        while position + batch + size < len(data):
+            found += scan_batch(data, position, batch, size, index, scratch)
+            scratch.sums[0] = scratch.sums[batch]
+            position += batch
+        return found
+
+    return lambda: scan(data, size, index, scratch)
 
 
 def _hostile(options: argparse.Namespace) -> Iterator[dict[str, Any]]:

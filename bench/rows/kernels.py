@@ -38,16 +38,20 @@ class Kernels:
             name: tuple(size / s.seconds / 1e9 for s in samples if s is not None) for name, samples in row.runs.items()
         }
         row.criteria += [
-            Criterion("aligned signature", "GB/s", rates["sign"], 3.5, 8.0, "higher"),
-            Criterion("scan with no match", "GB/s", rates["scan, no match"], 0.4, 0.8, "higher"),
+            Criterion("aligned signature", "GB/s", rates["signature kernel"], 3.5, 8.0, "higher"),
+            Criterion("scan with no match", "GB/s", rates["scan kernel, no match"], 0.4, 0.8, "higher"),
         ]
         row.criteria += [
             Criterion(name, "GB/s", values, None, None, "higher", binding=False)
             for name, values in rates.items()
-            if name not in ("sign", "scan, no match", "memcpy")
+            if name not in ("signature kernel", "scan kernel, no match", "memcpy")
         ]
         memcpy = [s.seconds for s in row.runs.pop("memcpy") if s is not None]
         row.limits.append(Limit("memcpy", size / sorted(memcpy)[len(memcpy) // 2] / 1e9, "GB/s"))
+        row.notes.append(
+            "The kernels work on content in memory. 'sign' and 'scan, no match' are the whole way that a file takes: "
+            "reading into a window, and for the scan signing it as well, and hashing every chance hit."
+        )
         row.notes.append(
             "A signature is weak sums, strong hashes and the hash of the whole: it can't be faster than its hash."
         )

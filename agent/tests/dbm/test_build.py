@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import shutil
@@ -131,19 +132,28 @@ def test_only_what_changed_is_written(xfs: Path, tmp_path: Path, monkeypatch: py
     assert sum(written) <= 4 * PAGE
 
 
-@pytest.mark.parametrize("shared", [False, True])
-def test_zeros_become_holes(place: Path, shared: bool) -> None:
+def data_bytes(path: Path) -> int:
+    """How much of a file is not a hole."""
+    found = end = 0
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        with contextlib.suppress(OSError):
+            while end < size:
+                start = os.lseek(file.fileno(), end, os.SEEK_DATA)
+                end = os.lseek(file.fileno(), start, os.SEEK_HOLE)
+                found += end - start
+    return found
+
+
+@pytest.mark.parametrize("based", [False, True])
+def test_zeros_become_holes(place: Path, based: bool) -> None:
     old = os.urandom(4 << 20)
     new = old[: 1 << 20] + bytes(2 << 20) + old[3 << 20 :] + bytes(1 << 20)
-    path = build_file(place, old if shared else None, new, True)
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        assert os.lseek(handle, 0, os.SEEK_HOLE) == 1 << 20
-        assert os.lseek(handle, 1 << 20, os.SEEK_DATA) == 3 << 20
-        assert os.lseek(handle, 3 << 20, os.SEEK_HOLE) == 4 << 20
-        assert os.fstat(handle).st_size == 5 << 20
-    finally:
-        os.close(handle)
+    path = build_file(place, old if based else None, new, True)
+    # A block at each end of a piece may be written. Not after reading: what was read of an allocation of XFS's own
+    # accord counts as data.
+    assert data_bytes(path) <= (2 << 20) + 16 * PAGE
+    assert path.read_bytes() == new
 
 
 def test_a_base_that_is_tampered_with_meanwhile(place: Path) -> None:
@@ -183,19 +193,22 @@ def test_a_copy_shares_or_repeats(place: Path) -> None:
     assert (place / "new").read_bytes() == content
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(
-    st.binary(max_size=50), st.lists(st.tuples(st.booleans(), st.integers(1, 9000)), max_size=6), st.integers(0, 9000)
+    st.binary(max_size=50),
+    st.lists(st.tuples(st.booleans(), st.integers(1, 9000)), max_size=6),
+    st.integers(0, 9000),
+    st.booleans(),
 )
-def test_runs_cover_everything(seed: bytes, parts: list[tuple[bool, int]], at: int) -> None:
+def test_runs_cover_everything(seed: bytes, parts: list[tuple[bool, int]], at: int, whole: bool) -> None:
     data = seed + b"".join((b"\0" if zero else b"x") * length for zero, length in parts)
     end = 0
-    for start, stop, empty in build._runs(memoryview(data), at):
+    for start, stop, empty in build._runs(memoryview(data), at, whole=whole):
         assert start == end < stop
         end = stop
         if empty:
             assert not data[start:stop].strip(b"\0")
-            assert (at + start) % PAGE == 0 == (at + stop) % PAGE
+            assert not whole or (at + start) % PAGE == 0 == (at + stop) % PAGE
         else:
             block = -(-(at + start) // PAGE) * PAGE
             for each in range(block, at + stop - PAGE + 1, PAGE):

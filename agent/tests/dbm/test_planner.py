@@ -96,7 +96,7 @@ class Source:
         """What a slot of the uploads does, without sending."""
         blob = self.index.get_signature(job.root, job.path)
         try:
-            reading = uploads._Reading(self.root, job, blob, threading.Event())
+            reading = uploads._Reading(self.root, job, uploads._parsed(blob), threading.Event())
             if job.hash_only:
                 job.content = reading.hash()
                 return

@@ -328,7 +328,8 @@ class Sender:
                 await asyncio.sleep(delay * random.uniform(0.8, 1.2))
                 delay = min(2 * delay, _BACKOFF[1])
         finally:
-            self._worker.submit(self._close_index)
+            # Whoever comes next opens the same files.
+            await asyncio.shield(self._loop.run_in_executor(self._worker, self._close_index))
             self._worker.shutdown(wait=False)
 
     def _close_index(self) -> None:

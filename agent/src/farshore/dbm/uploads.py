@@ -147,27 +147,28 @@ class Uploads:
         async with self._line.between():
             known, blob = await self._line.what_is_known(job)
             based = known is not None and known.kind is FileKind.FILE and known.size > INLINE_MAX
-            if not based or blob is not None:
-                reading = await self._open(job, blob)
+            base = await self._in_thread(_parsed, blob) if based else None
+            if not based or base is not None:
+                reading = await self._open(job, base)
         if reading is None:
-            blob = await self._line.ask_signature(job)
+            base = await self._in_thread(_parsed, await self._line.ask_signature(job))
             async with self._line.between():
                 # What was asked for is no base for what the replica may have at this path by now.
                 again, _ = await self._line.what_is_known(job)
-                reading = await self._open(job, blob if again == known else None)
+                reading = await self._open(job, base if again == known else None)
         await self._send(job, reading)
 
-    async def _open(self, job: Job, blob: bytes | None) -> _Reading:
+    async def _open(self, job: Job, base: delta.Signature | None) -> _Reading:
         """Announce the upload, from where an earlier connection left it if that is possible."""
-        based = blob is not None
-        reading = _Reading(self._roots[job.root], job, blob, self._stopped)
+        based = base is not None
+        reading = _Reading(self._roots[job.root], job, base, self._stopped)
         skip = 0
         partial = self._partials.pop((job.root, job.path), None)
         if partial is not None and partial.based == based and partial.received >= _MIN_RESUME:
             if await self._in_thread(reading.skip, partial.received, partial.digest):
                 skip = partial.received
             else:
-                reading = _Reading(self._roots[job.root], job, blob, self._stopped)
+                reading = _Reading(self._roots[job.root], job, base, self._stopped)
         job.number = next(self._numbers)
         await self._line.send([wire.frame(Upload(job.number, job.root, job.path, based, reading.sparse, skip))])
         return reading
@@ -195,12 +196,12 @@ class Uploads:
 class _Reading:
     """Reads the file of a job once, in one thread at a time; opened here, closed with the object's last use.
 
-    ``blob`` is the signature of what the replica has, None when the content goes whole. Every method raises OSError.
+    ``base`` is the signature of what the replica has, None when the content goes whole. Every method raises OSError.
     """
 
-    def __init__(self, root: Root, job: Job, blob: bytes | None, stopped: threading.Event) -> None:
+    def __init__(self, root: Root, job: Job, base: delta.Signature | None, stopped: threading.Event) -> None:
         self._stopped = stopped
-        self._blob = blob
+        self._base = base
         self._started = time.time_ns()
         self._file = os.fdopen(_open(root, job.path), "rb", buffering=0)
         self._before = os.fstat(self._file.fileno())
@@ -264,15 +265,21 @@ class _Reading:
 
     def _begin(self) -> None:
         if self._encoder is None:
-            base = None if self._blob is None else delta.Signature.from_bytes(self._blob)
-            self._blob = None
-            size = delta.preferred_block_size(self._before.st_size) if base is None else None
-            self._encoder = delta.Encoder(base, block_size=size)
+            size = delta.preferred_block_size(self._before.st_size) if self._base is None else None
+            self._encoder = delta.Encoder(self._base, block_size=size)
             self._pieces = self._encoder.encode(self)
 
     def _told(self, length: int, digest: bytes, signature: bytes | None) -> Content:
         after = os.fstat(self._file.fileno())
         return Content(self._before, after, self._started, length, digest, signature)
+
+
+def _parsed(blob: bytes | None) -> delta.Signature | None:
+    """The signature, None when there is none or it is of no use: then another is asked for, or all is sent."""
+    try:
+        return None if blob is None else delta.Signature.from_bytes(blob)
+    except delta.SignatureCorrupt:
+        return None
 
 
 def _open(root: Root, path: bytes) -> int:

@@ -39,6 +39,9 @@ from farshore.delta.signature import (
     window_span,
 )
 
+# A copy is told when it has this length: whoever applies the delta can begin before all is compared.
+COPY_SPAN = 16 << 20
+
 # False alarms a window may have, in strong hashes of its own length, beyond those that chance
 # alone explains.
 ALARM_PASSES = 2
@@ -136,7 +139,7 @@ def encode_bytes(signature: Signature | None, new: bytes) -> bytes:
 
 
 class _Writer:
-    """Turns literals and copies into the stream; adjacent copies become one.
+    """Turns literals and copies into the stream; adjacent copies become one, up to about COPY_SPAN bytes.
 
     Literals are taken by reference: :meth:`cut` must be called before they change.
     """
@@ -164,7 +167,7 @@ class _Writer:
             self._literals += 1
 
     def copy(self, offset: int, length: int) -> None:
-        if self._copy_length and self._copy_at + self._copy_length == offset:
+        if 0 < self._copy_length < COPY_SPAN and self._copy_at + self._copy_length == offset:
             self._copy_length += length
             return
         self._flush_copy()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import itertools
 import os
 import struct
 from collections.abc import Callable, Iterator
@@ -31,6 +32,8 @@ _RANGE = struct.Struct("=qQQQ")
 _HOLE = 4096
 #: Shorter ranges are written: a call that clones costs about as much as writing them.
 _LEAST_CLONE = 64 << 10
+#: Where nothing was written, shorter holes are not made sure of.
+_LEAST_PUNCH = 64 << 10
 #: After so many written bytes the system is told to begin with writing back: a sync at the end has less to wait for.
 _WRITE_BACK = 32 << 20
 _READ = 1 << 20
@@ -57,6 +60,7 @@ class Building:
         self._check = check
         self._at = 0
         self._written = self._written_back = 0
+        self._copied = False
         #: The size that the clone began with; None when it is no clone.
         self._cloned: int | None = None
         self._block = _HOLE
@@ -71,7 +75,7 @@ class Building:
         self._check()
         view = memoryview(data)
         if self.sparse:
-            for start, end, empty in _runs(view, self._at):
+            for start, end, empty in _runs(view, self._at, whole=self._cloned is not None):
                 if empty:
                     self._make_hole(self._at + start, end - start)
                 else:
@@ -83,6 +87,11 @@ class Building:
     def copy(self, offset: int, piece: bytes) -> None:
         """Append ``piece``, which the base has at ``offset``."""
         self._check()
+        if not self._copied and offset != self._at and self._cloned is not None:
+            # Everything has moved: to write over shared blocks costs more than to write anew.
+            self._cloned = min(self._cloned, self._at)
+            os.ftruncate(self.handle, self._cloned)
+        self._copied = True
         if self._is_there(offset, len(piece)) or self._clone_range(offset, len(piece)):
             self._at += len(piece)
         else:
@@ -127,9 +136,16 @@ class Building:
 
     def _make_hole(self, at: int, length: int) -> None:
         if self._cloned is None or at >= self._cloned:
-            return  # nothing was ever there
-        if _libc.fallocate(self.handle, _KEEP_SIZE | _PUNCH_HOLE, at, length) != 0:
+            # Nothing was ever there, but XFS allocates beyond the end of a file that grows.
+            if length < _LEAST_PUNCH:
+                return
+            os.ftruncate(self.handle, at + length)
+        if _libc.fallocate(self.handle, _KEEP_SIZE | _PUNCH_HOLE, at, length) == 0:
+            return
+        if ctypes.get_errno() != errno.EOPNOTSUPP:
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        if self._cloned is not None and at < self._cloned:
+            self._write(memoryview(bytes(length)), at)
 
     def _is_there(self, offset: int, length: int) -> bool:
         """Whether the clone has these bytes of the base where they belong now."""
@@ -203,21 +219,24 @@ def _identity(handle: int) -> _Identity:
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
-def _runs(view: memoryview, at: int) -> Iterator[tuple[int, int, bool]]:
-    """Cut what goes to offset ``at`` into runs (start, end, holds only zeros); those of zeros are whole blocks."""
+def _runs(view: memoryview, at: int, *, whole: bool) -> Iterator[tuple[int, int, bool]]:
+    """Cut what goes to offset ``at`` into runs (start, end, holds only zeros).
+
+    Those of zeros are aligned blocks; unless ``whole``, also the part of one at either end.
+    """
     head = min(-at % _HOLE, len(view))
     blocks = (len(view) - head) // _HOLE
     tail = head + blocks * _HOLE
-    data = 0  # where the run that holds data begins
+    empty = numpy.zeros(blocks + 2, dtype=bool)
     if blocks:
-        whole = numpy.frombuffer(view[head:tail], dtype=numpy.uint8).reshape(blocks, _HOLE)
-        empty = ~whole.any(axis=1)
-        edges = numpy.flatnonzero(numpy.diff(empty, prepend=False, append=False)).tolist()
-        for first, last in zip(edges[::2], edges[1::2], strict=True):
-            start, end = head + first * _HOLE, head + last * _HOLE
-            if data < start:
-                yield data, start, False
-            yield start, end, True
-            data = end
-    if data < len(view):
-        yield data, len(view), False
+        data = numpy.frombuffer(view[head:tail], dtype=numpy.uint8).reshape(blocks, _HOLE)
+        numpy.logical_not(data.any(axis=1), out=empty[1:-1])
+    if not whole:
+        empty[0], empty[-1] = not any(view[:head]), not any(view[tail:])
+    # Where one kind of blocks gives way to the other; block 0 is what comes before the first aligned one.
+    changes = [0, *(numpy.flatnonzero(numpy.diff(empty)) + 1).tolist(), blocks + 2]
+    for first, last in itertools.pairwise(changes):
+        start = 0 if first == 0 else head + (first - 1) * _HOLE
+        end = len(view) if last == blocks + 2 else head + (last - 1) * _HOLE
+        if start < end:
+            yield start, end, bool(empty[first])

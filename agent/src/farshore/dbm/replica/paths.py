@@ -26,7 +26,7 @@ _MAX_NAME = 255
 _OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NO_NAMES = (b"", b".", b"..")
 #: Directory handles that one root keeps open while a group of transactions is applied, at most.
-_CACHED_HANDLES = 256
+_CACHED_HANDLES = 128
 
 
 def check(path: bytes) -> bytes:
