@@ -15,7 +15,7 @@ from trees import Mutator, differences
 from farshore import tls
 from farshore.config import NodeRef, Tls
 from farshore.control import api, client
-from farshore.dbm import receiver, sender, wire
+from farshore.dbm import sender, wire
 from farshore.dbm.blocks import BlockWriter
 from farshore.dbm.messages import Begin, Commit, Hello, MakeSymlink, Meta, Nak, Put, Refused, Welcome
 from farshore.dbm.record import Record, load, store
@@ -169,7 +169,7 @@ async def test_a_replica_that_cannot_write_says_so_and_recovers(pair: Pair) -> N
 async def stream(pair: Pair, who: str, hello: Hello) -> tuple[asyncio.StreamReader, asyncio.StreamWriter, object]:
     keys = Tls(pair.keys / "ca.crt", pair.keys / f"{who}.crt", pair.keys / f"{who}.key")
     reader, writer = await tls.connect(NodeRef("remote", "127.0.0.1", pair.remote.port), tls.client_context(keys))
-    writer.write(receiver.CODEC.encode(hello))
+    writer.write(wire.frame(hello))
     return reader, writer, await sender._CODEC.read(reader, "remote")
 
 

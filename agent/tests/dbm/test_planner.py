@@ -185,14 +185,12 @@ def test_a_bad_sector_stops_only_its_file(source: Source, monkeypatch: pytest.Mo
     bad = source.tree / "bad"
     bad.write_bytes(os.urandom(200_000))
     number = bad.stat().st_ino
-    real = uploads._Reading.readinto
 
-    def readinto(self: uploads._Reading, view: memoryview) -> int | None:
+    def check(self: uploads._Reading) -> None:
         if self._before.st_ino == number:
             raise OSError(errno.EIO, "Input/output error")
-        return real(self, view)
 
-    monkeypatch.setattr(uploads._Reading, "readinto", readinto)
+    monkeypatch.setattr(uploads._Reading, "_check", check)
     (source.tree / "other").write_text("2")
     sent = source.tell()
     assert paths_of(sent, Put) == [b"other"]
@@ -217,6 +215,22 @@ def test_a_large_file_goes_as_an_upload_and_then_as_nothing(source: Source) -> N
     assert source.tell() == []
     (source.tree / "f").write_bytes((source.tree / "f").read_bytes())
     assert paths_of(source.tell(Hint(0, b"f", Kind.MODIFIED)), Patch) == []
+
+
+def test_the_holes_of_a_large_file_are_not_read(source: Source) -> None:
+    size = 64 << 20
+    with (source.tree / "f").open("wb") as file:
+        file.truncate(size)
+        file.seek(size // 2)
+        file.write(os.urandom(5000))
+
+    def characters_read() -> int:
+        (line,) = [line for line in Path("/proc/self/io").read_text().splitlines() if line.startswith("rchar")]
+        return int(line.split()[1])
+
+    before = characters_read()
+    assert paths_of(source.tell(), Patch) == [b"f"]
+    assert characters_read() - before < size // 4
 
 
 def test_content_that_is_there_under_another_name_is_copied_there(source: Source) -> None:

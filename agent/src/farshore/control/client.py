@@ -64,7 +64,7 @@ async def _exchange(
 ) -> api.NodeStatus | api.MonitorStatus | api.Done:
     try:
         async with asyncio.timeout(timeout):
-            writer.write(_CODEC.encode(request))
+            writer.write(wire.frame(request))
             await writer.drain()
             answer = await _CODEC.read(reader, who)
     except TimeoutError:

@@ -33,7 +33,7 @@ async def answer(handler: Handler, request: api.Request, peer: str) -> bytes:
     except Exception as error:
         _log.error("request failed", error, request=type(request).__name__, peer=peer)
         result = api.Failed(f"internal error: {error}", 70)
-    return _CODEC.encode(result)
+    return wire.frame(result)
 
 
 async def serve_socket(path: Path, handler: Handler, mode: int = 0o660) -> asyncio.Server:

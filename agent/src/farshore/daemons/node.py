@@ -127,7 +127,7 @@ class Node:
         group = self.groups.get(hello.group)
         # A peer learns nothing about groups that are not its own, not even whether they exist.
         if group is None or group.config.peer.node != peer:
-            writer.write(receiver.CODEC.encode(Refused(f"group {hello.group} is not for {peer}", False, 0)))
+            writer.write(wire.frame(Refused(f"group {hello.group} is not for {peer}", False, 0)))
             raise PeerRefused("this node", f"{peer} has no part in group {hello.group!r}")
         await group.accept(reader, writer, peer, hello)
 

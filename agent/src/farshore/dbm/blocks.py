@@ -209,7 +209,7 @@ class BlockWriter:
         self._torn = False
 
     async def send(self, frames: Sequence[bytes]) -> None:
-        """Write ``frames``, each as ``wire.Codec.encode`` made it, in order.
+        """Write ``frames``, each as ``wire.frame`` made it, in order.
 
         Returns when the transport's buffer and the limit allow more. Calls from several tasks do not mix, first come
         first served. Raises what the transport does when the connection is lost; ConnectionResetError also after a

@@ -338,13 +338,13 @@ class Group:
         """Serve the source's stream; a stream that was served before is ended, as its peer has come anew."""
         refusal = self._refusal(hello)
         if refusal is not None:
-            writer.write(receiver.CODEC.encode(refusal))
+            writer.write(wire.frame(refusal))
             return
         async with self._change:
             await self._end_session()
             refusal = self._refusal(hello)
             if refusal is not None:
-                writer.write(receiver.CODEC.encode(refusal))
+                writer.write(wire.frame(refusal))
                 return
             if self._record.synced_once and self._record.roots not in ((), self._root_marks()):
                 self._store(
@@ -358,7 +358,7 @@ class Group:
         self._on_confirmed()
         lineage = bytes.fromhex(self._record.lineage)
         welcome = Welcome(wire.PROTOCOL, lineage, started, self._record.was_in_step, uploads)
-        writer.write(receiver.CODEC.encode(welcome))
+        writer.write(wire.frame(welcome))
         _log.info("receiving", group=self.name, source=peer, epoch=hello.epoch)
         try:
             await receiver.serve(reader, writer, peer, applier, self, self._worker, self.config.compress)

@@ -43,7 +43,6 @@ CREATE TABLE IF NOT EXISTS facts (key TEXT PRIMARY KEY, value BLOB NOT NULL);
 _COLUMNS = "kind, mode, uid, gid, size, mtime_ns, ctime_ns, dev, ino, nlink, rdev, target, xattrs, digest"
 _GET = f"SELECT {_COLUMNS} FROM entries WHERE root=? AND parent=? AND name=?"  # noqa: S608
 _PUT = "INSERT OR REPLACE INTO entries VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)"
-_IN = f"SELECT name, {_COLUMNS} FROM entries WHERE root=? AND parent=?"  # noqa: S608
 _BY_INODE = f"SELECT parent, name, {_COLUMNS} FROM entries WHERE ino=? AND dev=? AND root=?"  # noqa: S608
 _LIKE = (
     f"SELECT root, parent, name, {_COLUMNS} FROM entries WHERE size=? AND size>{INLINE_MAX} "  # noqa: S608
@@ -251,14 +250,6 @@ class Index:
         """What is known of one path."""
         row = self._db.execute(_GET, (root, *_split(path))).fetchone()
         return _known(root, path, row) if row else None
-
-    def entries_in(self, root: int, path: bytes) -> dict[bytes, Known]:
-        """What is known directly below a directory, by path."""
-        found = {}
-        for name, *row in self._db.execute(_IN, (root, path)):
-            below = path + b"/" + name if path else name
-            found[below] = _known(root, below, row)
-        return found
 
     def by_inode(self, root: int, dev: int, ino: int) -> list[Known]:
         """The paths of ``root`` that were made from this inode."""

@@ -309,8 +309,11 @@ class Planner:
                 # What was protected is gone; something that is not took its place.
                 self._remove(batch, known, work)
             return
-        if kind is not Kind.RESCAN or known is None or not known.is_unchanged(status):
-            self._sync(batch, status, root, path, known, bool(kind & _CONTENT), work)
+        force = bool(kind & _CONTENT)
+        # Of a file, lstat tells all; of others it is believed only where nobody said that they changed.
+        believed = not force if stat.S_ISREG(status.st_mode) else kind is Kind.RESCAN
+        if not (believed and known is not None and known.is_unchanged(status)):
+            self._sync(batch, status, root, path, known, force, work)
         if is_directory and Kind.RESCAN in kind:
             batch.walk(root, path, work)
 
@@ -325,7 +328,7 @@ class Planner:
         known = self._index.get(root, b"")
         if seen.kind is FileKind.FILE:
             # A root that is a single file has no directory of ours to be looked up in.
-            self._sync_file(batch, seen, known, bool(kind & _CONTENT), work)
+            self._sync_single_file(batch, seen, known, bool(kind & _CONTENT), work)
         else:
             self._sync_other(batch, seen, known, work)
         if Kind.RESCAN in kind and seen.kind is FileKind.DIRECTORY:
@@ -469,8 +472,6 @@ class Planner:
     ) -> None:
         """Make the replica have what is at ``path``, of which ``status`` was told a moment ago."""
         if stat.S_ISREG(status.st_mode):
-            if known is not None and not force and known.is_unchanged(status):
-                return
             handle, seen = self._open(batch, status, root, path, work)
             try:
                 if seen is not None:
@@ -533,25 +534,26 @@ class Planner:
         known: Known | None,
         force: bool,
         work: Work,
-        handle: int | None = None,
+        handle: int | None,
     ) -> None:
-        """Make the replica have the file that was seen; without a handle it is opened by its path, if it can be."""
+        """Make the replica have the file that was seen; without a handle, its content cannot be read now."""
         if not self._parents(batch, seen.root, seen.path, work):
             batch.vanish(seen.root, seen.path, work)
             return
         known = self._settle_place(batch, seen, known, work)
         if handle is not None:
             self._file(batch, seen, known, force, work, handle)
-        elif not seen.path:
-            try:
-                handle = scanner.open_beneath(self._roots[seen.root].path, b"", os.O_RDONLY | os.O_NONBLOCK)
-            except OSError as error:
-                self._note(seen.root, b"", "content", _reason(error))
-                return
-            try:
-                self._file(batch, seen, known, force, work, handle)
-            finally:
-                os.close(handle)
+
+    def _sync_single_file(self, batch: Batch, seen: Observed, known: Known | None, force: bool, work: Work) -> None:
+        try:
+            handle = scanner.open_file_beneath(self._roots[seen.root].path, b"")
+        except OSError as error:
+            self._note(seen.root, b"", "content", _reason(error))
+            return
+        try:
+            self._sync_file(batch, seen, known, force, work, handle)
+        finally:
+            os.close(handle)
 
     def _settle_place(self, batch: Batch, seen: Observed, known: Known | None, work: Work) -> Known | None:
         """Move what was seen to its place if it was known elsewhere, and clear the place of what is of another kind.

@@ -109,7 +109,7 @@ class _Outbox:
 
     def put(self, message: object) -> None:
         """Send ``message`` soon."""
-        self._frames.append(CODEC.encode(message))
+        self._frames.append(wire.frame(message))
         self._emptied.clear()
         self._filled.set()
 
@@ -334,7 +334,6 @@ class _Session:
 
     def _upload_failed(self, upload: Upload, error: Exception) -> None:
         """In the thread of the uploads."""
-
         upload.failure = refusal(0, upload.root, upload.path, error)
         self._stager.refuse(upload.failure)
 

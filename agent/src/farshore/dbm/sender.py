@@ -568,21 +568,20 @@ class Sender:
         operations = sum(flight.operations for flight in self._flights)
         return min(_GATHER_MOST, _GATHER_SECONDS + _GATHER_PER_OPERATION * operations)
 
-    def _next_batch(self) -> Batch | None:
-        """The newest, then the oldest by turns: a full scan of hours does not hold up what changes now."""
+    def _next_batch(self) -> Batch:
+        """The newest, then the oldest by turns: a full scan of hours does not hold up what changes now.
+
+        Something must wait, or be left of what was taken.
+        """
         items = self._dirty.take(_TAKE)
         if items:
             batch = Batch.of(items)
             self._works.update(dict.fromkeys(batch.works))
             self._batches.append(batch)
-        if not self._batches:
-            return None
         self._oldest_next = not self._oldest_next and not items
         return self._batches[0 if self._oldest_next else -1]
 
-    async def _transaction(self, index: Index, planner: Planner, batch: Batch | None) -> None:
-        if batch is None:
-            return
+    async def _transaction(self, index: Index, planner: Planner, batch: Batch) -> None:
         async with self._between:
             plan = await self._in_worker(self._plan, index, planner, batch, self._last + 1)
             if plan.frames:

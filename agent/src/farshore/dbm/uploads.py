@@ -7,6 +7,7 @@ had received of a file when the connection broke is not sent again.
 from __future__ import annotations
 
 import asyncio
+import io
 import itertools
 import os
 import threading
@@ -22,6 +23,7 @@ from farshore import delta
 from farshore.dbm import wire
 from farshore.dbm.index import Known
 from farshore.dbm.messages import INLINE_MAX, Chunk, Partial, Upload
+from farshore.dbm.reading import CheckedReader, digest_of
 from farshore.dbm.work import Content, Job
 from farshore.fmm import scanner
 from farshore.fmm.types import FileKind, Root
@@ -35,7 +37,6 @@ MAX_REST = 5.0
 QUIET_SECONDS = 0.1
 MAX_WAIT = 1.0
 _QUIET_PER_BYTE = 1e-10
-_READ = 1 << 20
 #: A delta's header names its base: only a prefix that holds it tells that what follows will fit.
 _MIN_RESUME = 64
 _T = TypeVar("_T")
@@ -203,7 +204,7 @@ class _Reading:
         self._stopped = stopped
         self._base = base
         self._started = time.time_ns()
-        self._file = os.fdopen(_open(root, job.path), "rb", buffering=0)
+        self._file = io.FileIO(scanner.open_file_beneath(root.path, job.path))
         self._before = os.fstat(self._file.fileno())
         self.sparse = self._before.st_blocks * 512 < self._before.st_size
         self._encoder: delta.Encoder | None = None
@@ -211,27 +212,11 @@ class _Reading:
         self._pending = b""
         self.content: Content | None = None
 
-    def readinto(self, view: memoryview) -> int | None:
-        """Read on; the encoder calls it."""
-        if self._stopped.is_set():
-            raise InterruptedError("the connection is gone")
-        return self._file.readinto(view)
-
-    def read(self, size: int) -> bytes:
-        """As ``readinto``, for what has no buffer."""
-        if self._stopped.is_set():
-            raise InterruptedError("the connection is gone")
-        return self._file.read(size) or b""
-
     def hash(self) -> Content:
         """Read it all for its digest only."""
-        hasher = blake3.blake3()
-        length = 0
         with self._file:
-            while block := self.read(_READ):
-                hasher.update(block)
-                length += len(block)
-            return self._told(length, hasher.digest(), None)
+            length, digest = digest_of(CheckedReader(self._file, self._check))
+            return self._told(length, digest, None)
 
     def piece(self) -> bytes | None:
         """The next bytes of the delta; None at its end, when ``content`` is there."""
@@ -267,7 +252,11 @@ class _Reading:
         if self._encoder is None:
             size = delta.preferred_block_size(self._before.st_size) if self._base is None else None
             self._encoder = delta.Encoder(self._base, block_size=size)
-            self._pieces = self._encoder.encode(self)
+            self._pieces = self._encoder.encode(CheckedReader(self._file, self._check))
+
+    def _check(self) -> None:
+        if self._stopped.is_set():
+            raise InterruptedError("the connection is gone")
 
     def _told(self, length: int, digest: bytes, signature: bytes | None) -> Content:
         after = os.fstat(self._file.fileno())
@@ -280,11 +269,3 @@ def _parsed(blob: bytes | None) -> delta.Signature | None:
         return None if blob is None else delta.Signature.from_bytes(blob)
     except delta.SignatureCorrupt:
         return None
-
-
-def _open(root: Root, path: bytes) -> int:
-    flags = os.O_RDONLY | os.O_NONBLOCK
-    try:
-        return scanner.open_beneath(root.path, path, flags | os.O_NOATIME)
-    except PermissionError:
-        return scanner.open_beneath(root.path, path, flags)

@@ -22,10 +22,8 @@ CHUNK = 256 << 10
 PROTOCOL = 2
 
 _LENGTH = struct.Struct(">I")
-M = TypeVar("M")
-
-
 _encoder = msgspec.msgpack.Encoder()
+M = TypeVar("M")
 
 
 def frame(message: object) -> bytes:
@@ -37,14 +35,10 @@ def frame(message: object) -> bytes:
 
 
 class Codec(Generic[M]):
-    """Encodes and decodes the frames of one direction: a union of tagged structs."""
+    """Decodes the frames of one direction: a union of tagged structs."""
 
     def __init__(self, kinds: object) -> None:
         self._decoder: msgspec.msgpack.Decoder[M] = msgspec.msgpack.Decoder(kinds)
-
-    def encode(self, message: object) -> bytes:
-        """One frame; raises ProtocolError when it would be larger than MAX_FRAME."""
-        return frame(message)
 
     async def read(self, reader: asyncio.StreamReader, peer: str) -> M | None:
         """The next message, None at the end of the stream; raises ProtocolError on anything malformed."""

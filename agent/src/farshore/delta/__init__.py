@@ -23,7 +23,9 @@ from farshore.delta.signature import (
     Signature,
     check_block_size,
     preferred_block_size,
+    read_full,
     sign,
+    skipping_holes,
 )
 
 __all__ = [
@@ -49,7 +51,9 @@ __all__ = [
     "encode_bytes",
     "parse_header",
     "preferred_block_size",
+    "read_full",
     "sign",
+    "skipping_holes",
     "warm_up",
 ]
 

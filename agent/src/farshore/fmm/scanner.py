@@ -139,10 +139,20 @@ def open_file(directories: Directories, path: bytes) -> int:
     Raises OSError. The caller has seen by ``look`` that it is a regular file.
     """
     parent, name = directories.parent(path)
+    return _leaving_times(lambda flags: os.open(name, flags, dir_fd=parent))
+
+
+def open_file_beneath(root_path: bytes, path: bytes) -> int:
+    """As ``open_file``, for any path below a root and b"", the root itself, when that is a file."""
+    return _leaving_times(lambda flags: open_beneath(root_path, path, flags))
+
+
+def _leaving_times(open_it: Callable[[int], int]) -> int:
+    """Open for reading; access times stay as they are where we may have that (the file is ours, or we are root)."""
     try:
-        return os.open(name, _READ | os.O_NOATIME, dir_fd=parent)
+        return open_it(_READ | os.O_NOATIME)
     except PermissionError:
-        return os.open(name, _READ, dir_fd=parent)
+        return open_it(_READ)
 
 
 def observed(status: os.stat_result, root: int, path: bytes, handle: int) -> Observed:

@@ -7,6 +7,7 @@ and what it was not told of, it knows to look at.
 
 from __future__ import annotations
 
+import io
 import os
 import struct
 import threading
@@ -15,7 +16,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from farshore import delta
 from farshore.dbm import wire
@@ -36,6 +36,7 @@ from farshore.dbm.messages import (
     SetMeta,
 )
 from farshore.dbm.messages import Partial as PartialUpload
+from farshore.dbm.reading import CheckedReader
 from farshore.dbm.replica.stage import Stage, Staged
 from farshore.dbm.replica.tree import BaseUnknown, Tree, syncfs
 from farshore.dbm.replica.upload import Interrupted, Upload
@@ -202,9 +203,14 @@ class Applier:
         self._end()
         if handle is None:
             return None
-        with os.fdopen(handle, "rb", buffering=0) as source:
+
+        def check() -> None:
+            if tree.interrupted.is_set():
+                raise Interrupted
+
+        with io.FileIO(handle) as source:
             size = os.fstat(handle).st_size
-            return delta.sign(_Stoppable(source, tree.interrupted), length_hint=size).to_bytes()
+            return delta.sign(CheckedReader(source, check), length_hint=size).to_bytes()
 
     # --- uploads that outlive their connection
 
@@ -388,28 +394,6 @@ class Applier:
     def _end(self) -> None:
         for tree in self.trees:
             tree.end()
-
-
-class _Stoppable:
-    """A file whose reading ends when it is interrupted."""
-
-    def __init__(self, file: Any, interrupted: threading.Event) -> None:
-        self._file = file
-        self._interrupted = interrupted
-
-    def readinto(self, view: memoryview) -> int | None:
-        """Read on; raises Interrupted."""
-        if self._interrupted.is_set():
-            raise Interrupted
-        count: int | None = self._file.readinto(view)
-        return count
-
-    def read(self, size: int = -1) -> bytes:
-        """As ``readinto``."""
-        if self._interrupted.is_set():
-            raise Interrupted
-        data: bytes = self._file.read(size)
-        return data
 
 
 def refusal(seq: int, root: int, path: bytes, error: Exception) -> Nak:

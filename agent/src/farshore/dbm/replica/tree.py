@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import errno
 import hashlib
+import io
 import itertools
 import os
 import shutil
@@ -19,9 +20,8 @@ import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 
-import blake3
-
 from farshore.dbm.messages import Entry, Meta
+from farshore.dbm.reading import CheckedReader, digest_of
 from farshore.dbm.replica.paths import MISSING, PREFIX, Handles, check, open_regular, remove_tree
 from farshore.dbm.replica.stage import Birth, Stage, Staged
 from farshore.errors import FarshoreError, UnsafePath
@@ -116,15 +116,13 @@ class Tree:
         handle = self.open_file(path)
         if handle is None:
             return None
-        hasher = blake3.blake3()
-        try:
-            while block := os.read(handle, _READ):
-                if self.interrupted.is_set():
-                    raise InterruptedError(errno.EINTR, "the listing was interrupted")
-                hasher.update(block)
-        finally:
-            os.close(handle)
-        return hasher.digest()
+
+        def check() -> None:
+            if self.interrupted.is_set():
+                raise InterruptedError(errno.EINTR, "the listing was interrupted")
+
+        with io.FileIO(handle) as file:
+            return digest_of(CheckedReader(file, check))[1]
 
     # --- writing
 
