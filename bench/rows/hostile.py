@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +12,7 @@ from bench import inputs, peers, stats
 from bench.context import Context
 from bench.model import Criterion, Limit, RowResult, Sample
 from bench.processes import TooSlow, need, run
+from bench.rows.kernels import on_one_core
 
 SIZE = 64 << 20
 #: Seconds that a peer may take for one input.
@@ -32,11 +31,9 @@ class Hostile:
         need("rsync", "rdiff")
         row = RowResult(5, "hostile input", self.rows[5])
         size = context.size(SIZE, 1 << 20)
-        words = ["--size", str(size), "--pairs", str(context.pairs)]
         context.say(f"    ours, {len(inputs.HOSTILE) - 1} inputs of {size >> 20} MiB")
-        printed = run([sys.executable, "-m", "bench.worker", "hostile", *words], timeout=3600).output
         speeds: dict[str, list[float]] = {}
-        for record in map(json.loads, printed.splitlines()):
+        for record in on_one_core("hostile", size, context.pairs, 3600):
             name = record["name"]
             row.runs.setdefault(name, []).append(Sample(record["seconds"], record["cpu"]))
             row.runs.setdefault("random", []).append(Sample(record["random seconds"]))

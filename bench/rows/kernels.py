@@ -7,7 +7,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from bench import inputs
 from bench.context import Context
@@ -15,6 +15,12 @@ from bench.model import Criterion, Limit, RowResult, Sample
 from bench.processes import need, run
 
 SIZE = 256 << 20
+
+
+def on_one_core(what: str, size: int, pairs: int, timeout: float) -> list[dict[str, Any]]:
+    """What ``bench.worker``, bound to one core, measures of contents of so many bytes, within ``timeout`` s."""
+    words = [sys.executable, "-m", "bench.worker", what, "--size", str(size), "--pairs", str(pairs)]
+    return [json.loads(line) for line in run(words, timeout=timeout).output.splitlines()]
 
 
 class Kernels:
@@ -27,10 +33,8 @@ class Kernels:
         need("rdiff", "taskset")
         row = RowResult(4, "kernels", self.rows[4])
         size = context.size(SIZE, 1 << 20)
-        words = ["--size", str(size), "--pairs", str(context.pairs)]
         context.say(f"    our kernels, blake3, xxh3 and memcpy over {size >> 20} MiB")
-        printed = run([sys.executable, "-m", "bench.worker", "kernels", *words], timeout=1800).output
-        for record in map(json.loads, printed.splitlines()):
+        for record in on_one_core("kernels", size, context.pairs, 1800):
             row.runs.setdefault(record["name"], []).append(Sample(record["seconds"], record["cpu"]))
         context.say("    librsync")
         self._librsync(context, row, size)
@@ -69,7 +73,7 @@ class Kernels:
                 "rdiff signature": (["-b", "4096", "signature", f"{place}/old"], place / "sig"),
                 "rdiff delta, no match": (["delta", f"{place}/sig", f"{place}/new"], place / "delta"),
             }
-            for _ in range(context.pairs):
+            for _ in range(context.pairs, 1800):
                 for what, (words, result) in steps.items():
                     result.unlink(missing_ok=True)
                     done = run(["taskset", "-c", "0", "rdiff", *words, str(result)], timeout=300)

@@ -8,14 +8,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
-from bench import data, limits, peers
+from bench import limits, peers
 from bench.context import OURS, Context, Field, field_of_play, our_pair
 from bench.model import Criterion, Limit, RowResult, Sample
 from bench.nodes import Pair, WanRelay, check_same
-from bench.processes import BenchError, free_port, need, settle, syncfs
-from bench.rows.smallfiles import DIRECTORIES, SIZE, empty, move_in
+from bench.processes import free_port, need, syncfs
+from bench.rows.smallfiles import how_many, measure_ours, prepare, room_for
 
-FILES = 100_000
 ROUND_TRIP = 0.100
 NEAR = f"{OURS}, 0 ms"
 FAR = f"{OURS}, 100 ms"
@@ -32,14 +31,10 @@ class LongLine:
         """Measure ours, and an rsync daemon through the same relay."""
         need("rsync", "iperf3")
         row = RowResult(12, "100 ms round trip", self.rows[12])
-        files = max(DIRECTORIES, round(FILES * context.scale * (0.2 if context.quick else 1.0)))
-        if files != FILES:
-            row.notes.append(f"This run: {files} files.")
-        room = files * 8192 * 2 + (768 << 20)
+        files = how_many(row, context.scale * (0.2 if context.quick else 1.0))
+        room = room_for(files)
         with field_of_play(context, room, room) as field:
-            still = field.source / "still"
-            data.small_files(still, files, DIRECTORIES, SIZE)
-            syncfs(field.source)
+            still = prepare(field, "still", files)
             module = field.target / "rsync"
             module.mkdir()
             with our_pair(context, field, relay=True) as pair, peers.rsync_daemon(module, context.logs) as port:
@@ -71,24 +66,9 @@ class LongLine:
 
 
 def _ours(field: Field, pair: Pair, files: int, number: int, delay: float) -> Sample:
-    assert pair.relay is not None
-    prepared = field.source / f"prepared-{number}"
-    data.small_files(prepared, files, DIRECTORIES, SIZE)
-    syncfs(field.source)
-    pair.relay.set_delay(delay)
-    try:
-        sample = pair.measure(lambda: move_in(prepared, pair.source))
-        there = data.count_files(pair.replica)
-        if there != files:
-            raise BenchError(f"after the flush, the replica has {there} files of {files}")
-    finally:
-        pair.relay.set_delay(0.0)
-        empty(pair.source)
-        prepared.rmdir()
-    pair.flush()
-    settle(pair.cpu)
-    field.trim()
-    return sample
+    relay = pair.relay
+    assert relay is not None
+    return measure_ours(field, pair, files, number, lambda on: relay.set_delay(delay if on else 0.0))
 
 
 def _rsync(field: Field, still: Path, module: Path, relay: WanRelay, delay: float) -> Sample:

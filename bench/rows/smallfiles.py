@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -32,19 +32,14 @@ class SmallFiles:
         """Measure; the files are made beside the tree, and renames of their directories start the clock."""
         need("rsync", "lsyncd")
         row = RowResult(6, "100,000 small files", self.rows[6])
-        files = max(DIRECTORIES, round(FILES * context.scale))
-        if files != FILES:
-            row.notes.append(f"This run: {files} files.")
-        # A file of 1 KiB takes a block and an inode, and directories and logs take theirs.
-        room = files * 8192 * 2 + (768 << 20)
+        files = how_many(row, context.scale)
+        room = room_for(files)
         with field_of_play(context, room, room) as field:
-            still = field.source / "still"
-            data.small_files(still, files, DIRECTORIES, SIZE)
-            syncfs(field.source)
+            still = prepare(field, "still", files)
             with our_pair(context, field) as pair:
 
                 def ours(number: int, pair: Pair = pair) -> Sample:
-                    return _ours(field, pair, files, number)
+                    return measure_ours(field, pair, files, number)
 
                 def lsyncd(delay: int | None) -> Sample:
                     return _lsyncd(context, field, files, delay)
@@ -80,16 +75,43 @@ def move_in(prepared: Path, tree: Path) -> None:
         os.rename(prepared / name, tree / name)
 
 
-def _ours(field: Field, pair: Pair, files: int, number: int) -> Sample:
-    prepared = field.source / f"prepared-{number}"
+def how_many(row: RowResult, share: float) -> int:
+    """That share of the files, at least one in each directory; other than all is noted."""
+    files = max(DIRECTORIES, round(FILES * share))
+    if files != FILES:
+        row.notes.append(f"This run: {files} files.")
+    return files
+
+
+def room_for(files: int) -> int:
+    """Bytes of a filesystem: a file of 1 KiB takes a block and an inode, and directories and logs take theirs."""
+    return files * 8192 * 2 + (768 << 20)
+
+
+def prepare(field: Field, name: str, files: int) -> Path:
+    """Make the files beside the trees, durably."""
+    prepared = field.source / name
     data.small_files(prepared, files, DIRECTORIES, SIZE)
     syncfs(field.source)
+    return prepared
+
+
+def measure_ours(
+    field: Field, pair: Pair, files: int, number: int, switch: Callable[[bool], None] = lambda on: None
+) -> Sample:
+    """Move prepared files in, until all are durable on the replica; what was moved in is removed again.
+
+    ``switch`` is told when the measurement begins and when it is over.
+    """
+    prepared = prepare(field, f"prepared-{number}", files)
+    switch(True)
     try:
         sample = pair.measure(lambda: move_in(prepared, pair.source))
         there = data.count_files(pair.replica)
         if there != files:
             raise BenchError(f"after the flush, the replica has {there} files of {files}")
     finally:
+        switch(False)
         empty(pair.source)
         prepared.rmdir()
     pair.flush()

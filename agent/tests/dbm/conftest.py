@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from nodes import Mirror, Pair, free_ports
+from replicas import Replica
 
 from farshore.cli.mirror import make_keys
 from farshore.config import Endpoint, NodeConfig, NodeGroup, NodeRef, PathConfig, Tls
@@ -59,3 +60,11 @@ def mirror(tmp_path: Path) -> Iterator[Mirror]:
     yield made
     if made.process is not None and made.process.poll() is None:
         made.kill()
+
+
+@pytest.fixture
+def replica(tmp_path: Path) -> Iterator[Replica]:
+    (tmp_path / "root").mkdir()
+    made = Replica(tmp_path)
+    yield made
+    made.finish()

@@ -8,7 +8,7 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -59,14 +59,6 @@ from farshore.fmm.types import Root
 BIG = 3_000_000
 
 
-@pytest.fixture
-def replica(tmp_path: Path) -> Iterator[Replica]:
-    (tmp_path / "root").mkdir()
-    made = Replica(tmp_path)
-    yield made
-    made.finish()
-
-
 def staged(replica: Replica) -> list[str]:
     return sorted(os.listdir(replica.state / "0" / "stage")) if (replica.state / "0" / "stage").exists() else []
 
@@ -77,6 +69,19 @@ def wait_for(condition: Callable[[], bool]) -> None:
             return
         threading.Event().wait(0.02)
     raise AssertionError("it did not happen")
+
+
+def hold_commits(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """No group is applied until the event that is returned is set."""
+    gate = threading.Event()
+    commit = Applier.commit
+
+    def late(self: Applier, *arguments: Any) -> Any:
+        gate.wait(60)
+        return commit(self, *arguments)
+
+    monkeypatch.setattr(Applier, "commit", late)
+    return gate
 
 
 # --- transactions
@@ -92,14 +97,7 @@ def test_transactions_follow_each_other(replica: Replica) -> None:
 
 
 def test_a_group_is_acknowledged_once(replica: Replica, monkeypatch: pytest.MonkeyPatch) -> None:
-    gate = threading.Event()
-    commit = Applier.commit
-
-    def late(self: Applier, *arguments: Any) -> Any:
-        gate.wait(60)
-        return commit(self, *arguments)
-
-    monkeypatch.setattr(Applier, "commit", late)
+    gate = hold_commits(monkeypatch)
     for number in range(20):
         replica.source.put(*replica.transaction(Put(0, b"f%d" % number, FILE, b"x")))
     replica.source.put(Ping())
@@ -234,14 +232,7 @@ def test_an_upload_waits_for_nothing_that_does_not_touch_it(replica: Replica, mo
     first = put_whole(1, b"f", old)
     replica.source.put(*first[:-1])
     assert isinstance(replica.send(first[-1]), Ack)
-    gate = threading.Event()
-    commit = Applier.commit
-
-    def late(self: Applier, *arguments: Any) -> Any:
-        gate.wait(60)
-        return commit(self, *arguments)
-
-    monkeypatch.setattr(Applier, "commit", late)
+    gate = hold_commits(monkeypatch)
     opened = threading.Event()
     take = staging.Stager._open_upload
 
@@ -568,8 +559,10 @@ def test_an_interrupt_ends_what_takes_long(replica: Replica, monkeypatch: pytest
     head = data[: data.index(one)]
     monkeypatch.setattr("farshore.dbm.replica.upload.room", lambda *_: 1 << 60)
     monkeypatch.setattr("farshore.dbm.replica.build.Building._write", lambda *_: None)
+    others = set(map(id, uploads_of(replica)))
     replica.source.put(Upload(2, 0, b"f", True, False, 0), Chunk(2, head + one * 100_000, False))
-    wait_for(lambda: any(u.opened for u in uploads_of(replica)))
+    # Not merely opened: in the middle of what takes long.
+    wait_for(lambda: any(each._broken for each in uploads_of(replica) if id(each) not in others))
     replica.applier.interrupt()
     assert replica.disconnect() is None
     assert replica.partials() == []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +32,6 @@ from farshore.dbm.messages import (
 from farshore.dbm.replica import staging
 from farshore.dbm.replica.stage import Stage
 from farshore.errors import ProtocolError
-
-
-@pytest.fixture
-def replica(tmp_path: Path) -> Iterator[Replica]:
-    (tmp_path / "root").mkdir()
-    made = Replica(tmp_path)
-    yield made
-    made.finish()
 
 
 def crossing(monkeypatch: pytest.MonkeyPatch, refuses: Callable[[Any, Any], bool]) -> None:
