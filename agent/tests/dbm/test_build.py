@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from replicas import FILE, Replica, put_whole, stream
 
 from farshore import delta
-from farshore.dbm.messages import Ack, Copy
-from farshore.dbm.replica import build
+from farshore.dbm.messages import Ack, Copy, Nak
+from farshore.dbm.replica import build, leaves
 from farshore.dbm.replica.build import Building, copy_file
 from farshore.dbm.replica.stage import Staged
 
@@ -230,3 +230,108 @@ def test_a_replica_where_blocks_are_shared(place: Path) -> None:
         assert (place / "root" / "g").read_bytes() == old
     finally:
         replica.finish()
+
+
+def changed(old: bytes, page: int) -> bytes:
+    """``old`` with one page overwritten."""
+    return old[: page * PAGE] + os.urandom(PAGE) + old[(page + 1) * PAGE :]
+
+
+def put(replica: Replica, number: int, new: bytes, old: bytes | None) -> Ack | Nak:
+    """Put content to the path f, by an upload with this number."""
+    frames = put_whole(number, b"f", new, old)
+    replica.source.put(*frames[:-1])
+    return replica.send(frames[-1])
+
+
+def test_a_change_of_what_is_known_reads_next_to_nothing(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (place / "root").mkdir()
+    replica = Replica(place)
+    pread = delta.FdReader.pread
+    read: list[int] = []
+
+    def noted(reader: delta.FdReader, offset: int, length: int, /) -> bytes:
+        data = pread(reader, offset, length)
+        read.append(len(data))
+        return data
+
+    monkeypatch.setattr(delta.FdReader, "pread", noted)
+    try:
+        content = os.urandom((4 << 20) + 99)
+        assert isinstance(put(replica, 1, content, None), Ack)
+        for number in range(2, 6):
+            old, content = content, changed(content, 100 * number)
+            assert isinstance(put(replica, number, content, old), Ack)
+            assert (place / "root" / "f").read_bytes() == content
+        assert sum(read) < 8 * PAGE
+        monkeypatch.setattr(build, "read_blocks", None)
+        for name, source in ((b"g", b"f"), (b"h", b"g")):
+            assert isinstance(replica.send(Copy(0, name, FILE, 0, source, blake3.blake3(content).digest())), Ack)
+            assert (place / "root" / os.fsdecode(name)).read_bytes() == content
+        monkeypatch.undo()
+        monkeypatch.setattr(delta.FdReader, "pread", noted)
+        # After a restart it is read, once.
+        replica.close()
+        replica.open()
+        read.clear()
+        for number in (6, 7):
+            old, content = content, changed(content, 100 * number)
+            assert isinstance(put(replica, number, content, old), Ack)
+        assert len(content) - PAGE <= sum(read) < len(content) + 4 * PAGE
+        assert (place / "root" / "f").read_bytes() == content
+    finally:
+        replica.finish()
+
+
+@pytest.mark.parametrize("same_times", [False, True])
+def test_what_somebody_changed_at_the_replica_is_not_known(place: Path, same_times: bool) -> None:
+    (place / "root").mkdir()
+    replica = Replica(place)
+    try:
+        old = os.urandom(4 << 20)
+        assert isinstance(put(replica, 1, old, None), Ack)
+        path = place / "root" / "f"
+        before = path.stat()
+        with path.open("r+b") as file:
+            file.seek(1000 * PAGE)
+            file.write(b"tampered")
+        if same_times:
+            os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        tampered = path.read_bytes()
+        new = changed(old, 5)
+        answer = put(replica, 2, new, old)
+        assert isinstance(answer, Nak)
+        assert answer.unknown_base
+        assert path.read_bytes() == tampered
+        assert isinstance(put(replica, 1, new, tampered), Ack)
+        assert path.read_bytes() == new
+    finally:
+        replica.finish()
+
+
+def test_leaves_of_few_files_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leaves, "MOST_FILES", 3)
+    store = leaves.LeafStore(tmp_path)
+    handles = []
+    try:
+        for number in range(5):
+            handle = os.open(tmp_path / str(number), os.O_RDWR | os.O_CREAT)
+            handles.append(handle)
+            os.write(handle, b"content")
+            notes = store.new_file()
+            assert notes is not None
+            store.add(os.fstat(handle), delta.Leaves(notes, PAGE, 7, b"digest"))
+            assert store.of(handle) is None
+            os.rename(tmp_path / str(number), tmp_path / f"placed{number}")
+            store.placed(os.fstat(handle))
+        for number, handle in enumerate(handles):
+            known = store.of(handle)
+            assert (known is None) == (number < 2)
+            if known is not None:
+                assert known.digest == b"digest"
+                known.close()
+        assert not [name for name in os.listdir(tmp_path) if not name.startswith("placed")]
+    finally:
+        store.close()
+        for handle in handles:
+            os.close(handle)

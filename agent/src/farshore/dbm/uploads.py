@@ -39,6 +39,9 @@ MAX_WAIT = 1.0
 _QUIET_PER_BYTE = 1e-10
 #: A delta's header names its base: only a prefix that holds it tells that what follows will fit.
 _MIN_RESUME = 64
+#: A piece is handed to the event loop when it has so many bytes, or seconds.
+_PIECE_BYTES = 256 << 10
+_PIECE_SECONDS = 0.01
 _T = TypeVar("_T")
 
 
@@ -221,12 +224,16 @@ class _Reading:
     def piece(self) -> bytes | None:
         """The next bytes of the delta; None at its end, when ``content`` is there."""
         self._begin()
-        if self._pending:
-            piece, self._pending = self._pending, b""
-            return piece
-        piece = next(self._pieces, b"")
-        if piece:
-            return piece
+        parts, size = [self._pending], len(self._pending)
+        self._pending = b""
+        until = time.monotonic() + _PIECE_SECONDS
+        while size < _PIECE_BYTES and (piece := next(self._pieces, b"")):
+            parts.append(piece)
+            size += len(piece)
+            if time.monotonic() >= until:
+                break
+        if size:
+            return b"".join(parts)
         assert self._encoder is not None
         if self.content is None:
             signature = self._encoder.signature

@@ -17,6 +17,7 @@ from farshore.delta.apply import COPY_PIECE, Applied, Applier, BytesReader, FdRe
 from farshore.delta.encode import DeltaStats, Encoder, encode_bytes
 from farshore.delta.errors import DeltaCorrupt, DeltaFileError, SignatureCorrupt
 from farshore.delta.format import MAX_BLOCK_SIZE, MIN_BLOCK_SIZE, DeltaHeader, parse_header
+from farshore.delta.leaves import Leaves
 from farshore.delta.signature import (
     BLOCK_SIZE,
     BinaryReader,
@@ -43,6 +44,7 @@ __all__ = [
     "DeltaStats",
     "Encoder",
     "FdReader",
+    "Leaves",
     "RandomReader",
     "Signature",
     "SignatureCorrupt",

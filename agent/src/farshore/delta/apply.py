@@ -7,17 +7,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from blake3 import blake3
-
 from farshore.delta.errors import DeltaCorrupt
 from farshore.delta.format import (
     HEADER,
+    MIN_BLOCK_SIZE,
     TRAILER,
     VARINT_LIMIT,
     DeltaHeader,
     header_size,
     parse_header,
 )
+from farshore.delta.leaves import LeafHasher, Leaves
 
 # A copy is carried out in pieces of this size.
 COPY_PIECE = 1 << 20
@@ -71,6 +71,13 @@ class Applier:
     what comes from the base, in pieces of at most COPY_PIECE bytes; a destination that shares
     the base's blocks already need not write them again. The calls of both together are in the
     order of the new content.
+
+    `known`, the leaves of the base, `keep` and `notes` belong together and save the reading of
+    what stays where it was. Where `known` are the leaves of the base that the delta was made for,
+    ``keep(offset, length)`` is called before whole blocks that are to be copied from `offset` of
+    the base to `offset` of the new content; if it returns True it has seen to them, and they are
+    neither read nor written, else it is not asked again; the base must not have changed since
+    `known` was made. `notes` is an open, empty file that takes the leaves of the new content: see :meth:`leaves`.
     """
 
     def __init__(
@@ -80,16 +87,22 @@ class Applier:
         *,
         limit: int | None = None,
         copy: Callable[[int, bytes], object] | None = None,
+        keep: Callable[[int, int], bool] | None = None,
+        known: Leaves | None = None,
+        notes: Callable[[], int | None] | None = None,
     ) -> None:
         self._base = base
         self._write = write
         self._write_copy = copy
+        self._keep = keep
+        self._known = known
+        self._notes = notes
         self._limit = limit
         self._pending = bytearray()
         self._step: Callable[[memoryview], int] = self._read_header
         self._literal_left = 0
         self._length = 0
-        self._whole = blake3()
+        self._whole = LeafHasher(MIN_BLOCK_SIZE)
         self._expected: tuple[int, bytes] | None = None
         self._broken = False
         # Known once the first chunks have been fed; says which base the delta was made for.
@@ -134,6 +147,13 @@ class Applier:
         self._broken = False
         return Applied(length, digest)
 
+    def leaves(self) -> Leaves | None:
+        """After :meth:`finish`: the leaves of the new content, in the file from `notes`, which
+        becomes theirs; None when there are few, or they could not be noted."""
+        if self.header is None or self._expected is None or self._whole.noted is None:
+            return None
+        return Leaves(self._whole.noted, self.header.block_size, *self._expected)
+
     def _check_usable(self) -> None:
         if self._broken:
             raise DeltaCorrupt("an earlier part of it failed")
@@ -159,6 +179,9 @@ class Applier:
         self.header = parse_header(view[:size])
         if self.header.base_length is not None and self._base is None:
             raise DeltaCorrupt("it needs a base and there is none")
+        self._whole = LeafHasher(self.header.block_size, self._notes)
+        if self._known is not None and not self._known.belong_to(self.header):
+            self._known = None
         self._step = self._read_instruction
         return size
 
@@ -216,7 +239,12 @@ class Applier:
         if offset + length > header.base_length or offset + length > _OFFSET_LIMIT:
             raise DeltaCorrupt(f"it copies beyond the base's {header.base_length} bytes")
         while length:
-            piece = self._base.pread(offset, min(length, COPY_PIECE))
+            kept = self._keep_blocks(offset, length)
+            if kept:
+                offset += kept
+                length -= kept
+                continue
+            piece = self._base.pread(offset, min(length, self._piece(offset)))
             if not piece:
                 raise DeltaCorrupt(f"the base ends at {offset}")
             self._count(piece)
@@ -226,6 +254,27 @@ class Applier:
                 self._write_copy(offset, piece)
             offset += len(piece)
             length -= len(piece)
+
+    def _keep_blocks(self, offset: int, length: int) -> int:
+        """Take what is copied by its leaves, if that is possible; return how many bytes."""
+        if self._known is None or self._keep is None or offset != self._length or not self._whole.can_repeat():
+            return 0
+        blocks = length // self._known.block_size
+        length = blocks * self._known.block_size
+        if not blocks:
+            return 0
+        if not self._keep(offset, length):
+            self._known = None
+            return 0
+        self._whole.repeat(self._known, blocks)
+        self._length += length
+        return length
+
+    def _piece(self, offset: int) -> int:
+        """Return how many bytes to copy at a time: up to where blocks may be kept."""
+        if self._known is None or offset != self._length:
+            return COPY_PIECE
+        return min(COPY_PIECE, self._known.block_size - offset % self._known.block_size)
 
     def _count(self, piece: bytes | memoryview) -> None:
         self._whole.update(piece)

@@ -125,7 +125,8 @@ def make_scratch(block_size: int) -> Scratch:
 
 _int64 = _types.int64
 _uint32 = _types.uint32
-_Bytes = _types.uint8[::1]
+# What is hashed and scanned may be what bytes() holds.
+_Bytes = _types.Array(_types.uint8, 1, "C", True)
 _Words = _types.uint32[::1]
 _Longs = _types.int64[::1]
 _Cvs = _types.uint32[:, ::1]
@@ -133,7 +134,9 @@ _Base = _types.NamedTuple((_types.Array(_uint32, 1, "C", True), _types.Array(_ui
 _Index = _types.NamedTuple(
     (_uint32, _int64, _int64, _int64, _Words, _Words, _Words, _types.int32[::1], _types.int32[::1]), Index
 )
-_Scratch = _types.NamedTuple((_Longs, _Cvs, _Longs, _Longs, _Bytes, _Words, _Words, _types.uint16[::1]), Scratch)
+_Scratch = _types.NamedTuple(
+    (_Longs, _Cvs, _Longs, _Longs, _types.uint8[::1], _Words, _Words, _types.uint16[::1]), Scratch
+)
 
 
 def _kernel(result: Any, *arguments: Any) -> Callable[[_F], _F]:
@@ -280,23 +283,27 @@ def sign_window(
     data: Array, start: int, length: int, first_block: int, shift: int, weak: Array, cvs: Array, scratch: Scratch
 ) -> None:
     """Write the weak sums and the CVs of the blocks of data[start : start + length], the last of
-    which may be shorter, to `weak` and `cvs`; the first is number `first_block` of its content."""
+    which may be shorter, to `weak`, unless it is empty, and `cvs`; the first is number `first_block` of its
+    content."""
     size = CHUNK << shift
     full = length // size
+    sums = len(weak) > 0
     for first in range(0, full, GROUP):
         count = min(GROUP, full - first)
         for i in range(count):
             at = start + (first + i) * size
             scratch.starts[i] = at
             scratch.numbers[i] = first_block + first + i
-            weak[first + i] = weak_sum(data, at, size)
+            if sums:
+                weak[first + i] = weak_sum(data, at, size)
         hash_blocks(data, count, shift, scratch)
         for i in range(count):
             _copy_row(scratch.cvs, i, cvs, first + i)
     rest = length - full * size
     if rest:
         at = start + full * size
-        weak[full] = weak_sum(data, at, rest)
+        if sums:
+            weak[full] = weak_sum(data, at, rest)
         hash_partial(data, at, rest, (first_block + full) << shift, scratch)
         _copy_row(scratch.cvs, 0, cvs, full)
 

@@ -39,6 +39,7 @@ _CHECK_BYTES = 16
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 Sums = np.ndarray[Any, np.dtype[np.uint32]]
+Cvs = np.ndarray[Any, np.dtype[np.uint32]]
 
 
 class BinaryReader(Protocol):
@@ -180,8 +181,7 @@ class BlockSigner:
         self._scratch = kernels.make_scratch(block_size)
         self._weak: list[Sums] = []
         self._strong: list[bytes] = []
-        # Of each window the two halves of its tree, or the one block that it has.
-        self._tops: list[bytes] = []
+        self._top = TreeTop(self._scratch.lanes)
         self._only = blake3(b"").digest()
         self.length = 0
 
@@ -199,8 +199,7 @@ class BlockSigner:
             # Maybe the only block: then the digest is no chaining value of a subtree.
             self._only = blake3(data.data[start : start + count]).digest()
         if blocks:
-            kernels.reduce_cvs(self._cvs, blocks, 2, self._scratch.lanes)
-            self._tops.append(self._cvs[: min(blocks, 2)].tobytes())
+            self._top.add(self._cvs, blocks)
         self.length += count
         return weak, strong
 
@@ -208,12 +207,7 @@ class BlockSigner:
         """Return the BLAKE3-256 of all that was added."""
         if self.length <= self._size:
             return self._only
-        tops = np.frombuffer(b"".join(self._tops), np.uint32).reshape(-1, 8)
-        cvs = np.zeros((len(tops) + LANES, 8), np.uint32)
-        cvs[: len(tops)] = tops
-        kernels.root_cv(cvs, len(tops), self._scratch.lanes)
-        digest: bytes = cvs[0].tobytes()
-        return digest
+        return self._top.root()
 
     def finish(self) -> Signature:
         """Return the signature of all that was added; nothing may be added afterwards."""
@@ -222,6 +216,30 @@ class BlockSigner:
         strong = b"".join(self._strong)
         self._strong.clear()
         return Signature(self._size, self.length, weak, strong, self.digest())
+
+
+class TreeTop:
+    """The upper part of a BLAKE3 tree whose leaves come in windows, of a power of two of blocks each; only the last
+    may have fewer. `lanes`: working memory of the kernels."""
+
+    def __init__(self, lanes: np.ndarray[Any, np.dtype[np.int64]]) -> None:
+        self._lanes = lanes
+        # Of each window the two halves of its tree, or the one block that it has.
+        self._halves: list[bytes] = []
+
+    def add(self, cvs: Cvs, count: int) -> None:
+        """Take the `count` CVs of the next window, which are overwritten; `cvs` has LANES rows more."""
+        kernels.reduce_cvs(cvs, count, 2, self._lanes)
+        self._halves.append(cvs[: min(count, 2)].tobytes())
+
+    def root(self) -> bytes:
+        """Return the digest of content with all these blocks, of which there are two or more."""
+        halves = np.frombuffer(b"".join(self._halves), np.uint32).reshape(-1, 8)
+        cvs = np.zeros((len(halves) + LANES, 8), np.uint32)
+        cvs[: len(halves)] = halves
+        kernels.root_cv(cvs, len(halves), self._lanes)
+        digest: bytes = cvs[0].tobytes()
+        return digest
 
 
 def chunk_shift(block_size: int) -> int:

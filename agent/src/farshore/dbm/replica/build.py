@@ -35,8 +35,10 @@ _LEAST_CLONE = 64 << 10
 #: Where nothing was written, shorter holes are not made sure of.
 _LEAST_PUNCH = 64 << 10
 #: After so many written bytes the system is told to begin with writing back: a sync at the end has less to wait for.
-_WRITE_BACK = 32 << 20
+_WRITE_BACK = 4 << 20
 _READ = 1 << 20
+#: Bytes that the kernel copies at a time.
+_COPY = 8 << 20
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 _libc.sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
@@ -60,7 +62,7 @@ class Building:
         self._check = check
         self._at = 0
         self._written = self._written_back = 0
-        self._copied = False
+        self._copied = self._kept = False
         #: The size that the clone began with; None when it is no clone.
         self._cloned: int | None = None
         self._block = _HOLE
@@ -97,11 +99,22 @@ class Building:
         else:
             self.write(piece)
 
+    def keep(self, offset: int, length: int) -> bool:
+        """Append what the base has at the same ``offset`` without having seen it; False when that cannot be done."""
+        self._check()
+        assert offset == self._at
+        if not (self._is_there(offset, length) or self._copy_range(length)):
+            return False
+        self._copied = self._kept = True
+        self._at += length
+        return True
+
     def finish(self, digest: bytes) -> None:
         """All is there: its size, and that it is what was hashed; raises DeltaCorrupt when it is not."""
         os.ftruncate(self.handle, self._at)
-        # What was cloned was hashed as the base was read, at another moment.
-        if self._cloned is not None and self.base is not None and _identity(self.base) != self._base_was:
+        # What was cloned was hashed as the base was read, at another moment, and what was kept, before.
+        shared = self._cloned is not None or self._kept
+        if shared and self.base is not None and _identity(self.base) != self._base_was:
             hasher = blake3.blake3()
             for block in read_blocks(self.handle, self._check):
                 hasher.update(block)
@@ -129,7 +142,10 @@ class Building:
         while view:
             done = os.pwrite(self.handle, view, at)
             view, at = view[done:], at + done
-            self._written += done
+            self._begin_to_write_back(done)
+
+    def _begin_to_write_back(self, written: int) -> None:
+        self._written += written
         if self._written - self._written_back >= _WRITE_BACK:
             self._written_back = self._written
             _libc.sync_file_range(self.handle, 0, 0, _SYNC_WRITE)
@@ -151,6 +167,25 @@ class Building:
         """Whether the clone has these bytes of the base where they belong now."""
         return self._cloned is not None and offset == self._at and offset + length <= self._cloned
 
+    def _copy_range(self, length: int) -> bool:
+        """Have the kernel copy what the base has at the same place; False when it does not. Holes would not remain."""
+        if self._cloned is not None or self.base is None or self.sparse:
+            return False
+        at, end = self._at, self._at + length
+        while at < end:
+            self._check()
+            try:
+                done = os.copy_file_range(self.base, self.handle, min(end - at, _COPY), at, at)
+            except OSError as error:
+                if error.errno in _NO_CLONE:
+                    return False
+                raise
+            if not done:
+                return False
+            at += done
+            self._begin_to_write_back(done)
+        return True
+
     def _clone_range(self, offset: int, length: int) -> bool:
         """Share whole blocks of the base; False when the bytes must be written."""
         if self._cloned is None or self.base is None:
@@ -169,9 +204,15 @@ class Building:
 _NO_CLONE = (errno.EOPNOTSUPP, errno.ENOTTY, errno.EXDEV, errno.EINVAL, errno.EPERM, errno.ETXTBSY, errno.ENOSYS)
 
 
-def copy_file(building: Building) -> bytes:
-    """Fill a building with its whole base; returns its BLAKE3-256. Raises OSError and DeltaCorrupt."""
+def copy_file(building: Building, known: delta.Leaves | None = None) -> bytes:
+    """Fill a building with its whole base; returns its BLAKE3-256. With its leaves ``known`` it need not be read.
+
+    Raises OSError and DeltaCorrupt.
+    """
     assert building.base is not None
+    if known is not None and building.keep(0, known.length):
+        building.finish(known.digest)
+        return known.digest
     hasher = blake3.blake3()
     at = 0
     for block in read_blocks(building.base, lambda: None):

@@ -7,6 +7,7 @@ and what it was not told of, it knows to look at.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import struct
@@ -37,6 +38,7 @@ from farshore.dbm.messages import (
 )
 from farshore.dbm.messages import Partial as PartialUpload
 from farshore.dbm.reading import CheckedReader
+from farshore.dbm.replica.leaves import LeafStore
 from farshore.dbm.replica.stage import Stage, Staged
 from farshore.dbm.replica.tree import BaseUnknown, Tree, syncfs
 from farshore.dbm.replica.upload import Interrupted, Upload
@@ -119,6 +121,7 @@ class Applier:
         self.names = [name for name, _ in roots]
         self.trees = [Tree(root.path, root) for _, root in roots]
         self.stages = [Stage(tree.root, state / str(i)) for i, tree in enumerate(self.trees)]
+        self.leaves = LeafStore(state)
         self._started = os.open(state / "started", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         #: Set once, ends all work: what is not applied yet will not be.
         self.interrupted = threading.Event()
@@ -168,6 +171,7 @@ class Applier:
     def close(self) -> None:
         """Drop all that is staged and give back all handles."""
         self.drop_suspended()
+        self.leaves.close()
         os.close(self._started)
         for stage in self.stages:
             stage.close()
@@ -347,6 +351,9 @@ class Applier:
         if staged is not None:
             assert isinstance(operation, (Put, Patch, Copy))
             tree.place(self.stages[root], staged, operation.path, operation.meta)
+            if not isinstance(operation, Put):
+                with contextlib.suppress(OSError):
+                    self.leaves.placed(tree.status(operation.path))
             return
         match operation:
             case MakeDir(path=path, meta=meta):

@@ -251,6 +251,9 @@ class Stager:
         staged, handle = upload.content()
         try:
             self._applier.trees[operation.root].prepare(handle, operation.meta)
+            leaves = upload.take_leaves()
+            if leaves is not None:
+                self._applier.leaves.add(os.fstat(handle), leaves)
         finally:
             os.close(handle)
         return staged
@@ -280,15 +283,22 @@ class Stager:
             os.close(source)
             raise
         building: Building | None = None
+        known: delta.Leaves | None = None
         try:
+            known = self._applier.leaves.of(source)
             building = Building(staged, handle, source, sparse=sparse, check=self._switch.check)
-            if copy_file(building) != operation.digest:
+            if copy_file(building, known) != operation.digest:
                 raise BaseUnknown(operation.source, "it has another content")
             self._applier.trees[operation.root].prepare(handle, operation.meta)
+            if known is not None:
+                self._applier.leaves.add(os.fstat(handle), known)
+                known = None
         except BaseException:
             stage.discard(staged)
             raise
         finally:
+            if known is not None:
+                known.close()
             if building is not None:
                 building.close()
             else:
@@ -309,7 +319,7 @@ class Stager:
                     os.close(base)
                 raise
             try:
-                upload.open(staged, handle, base)
+                upload.open(staged, handle, base, self._applier.leaves)
             except BaseException:
                 self._applier.stages[root].discard(staged)
                 raise

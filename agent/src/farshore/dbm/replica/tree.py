@@ -189,6 +189,11 @@ class Tree:
             placed = os.stat(name, dir_fd=parent, follow_symlinks=False)
             self._placed.add((placed.st_dev, placed.st_ino))
 
+    def status(self, path: bytes) -> os.stat_result:
+        """What is at ``path``, which was just placed; raises OSError."""
+        parent, name = self._handles.parent(path)
+        return os.stat(name, dir_fd=parent, follow_symlinks=False)
+
     def make_symlink(self, path: bytes, meta: Meta, target: bytes) -> None:
         """Put a symbolic link at ``path``; its target is data and is never followed."""
         self._no_link_as_root(path)

@@ -16,6 +16,7 @@ from farshore import delta
 from farshore.dbm.messages import Nak
 from farshore.dbm.replica.build import Building, room
 from farshore.dbm.replica.intake import Inbox, Interrupted, Switch
+from farshore.dbm.replica.leaves import LeafStore
 from farshore.dbm.replica.stage import Staged
 
 __all__ = ["Interrupted", "Upload", "Uploader"]
@@ -43,6 +44,9 @@ class Upload:
         self.closed = False
         self._building: Building | None = None
         self._applier: delta.Applier | None = None
+        self._known: delta.Leaves | None = None
+        self._notes: int | None = None
+        self._leaves: delta.Leaves | None = None
         self._hasher = blake3.blake3()
         self._broken = False
         self._whole = False
@@ -68,9 +72,10 @@ class Upload:
             self._building.sparse = sparse
         self.complete = False
 
-    def open(self, staged: Staged, handle: int, base: int | None) -> None:
+    def open(self, staged: Staged, handle: int, base: int | None, store: LeafStore) -> None:
         """Take a new staged file and the base, both of which become the upload's; raises OSError."""
         try:
+            self._known = None if base is None else store.of(base)
             self._building = Building(staged, handle, base, sparse=self.sparse, check=self._check)
         except BaseException:
             os.close(handle)
@@ -79,7 +84,15 @@ class Upload:
             raise
         reader = None if base is None else delta.FdReader(base)
         build = self._building
-        self._applier = delta.Applier(reader, build.write, limit=room(handle, self.sparse), copy=build.copy)
+        self._applier = delta.Applier(
+            reader,
+            build.write,
+            limit=room(handle, self.sparse),
+            copy=build.copy,
+            keep=build.keep,
+            known=self._known,
+            notes=self._make_notes(store),
+        )
 
     def feed(self, data: bytes, last: bool) -> None:
         """Take the next piece of the delta; with the last one, make the content durable.
@@ -98,9 +111,17 @@ class Upload:
             applied = self._applier.finish()
             self._building.finish(applied.digest)
             self._building.sync()
+            self._leaves = self._applier.leaves()
+            if self._leaves is not None:
+                self._notes = None
             self._whole = True
         self.complete = last
         self._broken = False
+
+    def take_leaves(self) -> delta.Leaves | None:
+        """The leaves of a complete upload, for the caller to close; None when they are not known."""
+        leaves, self._leaves = self._leaves, None
+        return leaves
 
     def content(self) -> tuple[Staged, int]:
         """The staged file of a complete upload, and a descriptor of it that the caller closes."""
@@ -114,6 +135,12 @@ class Upload:
         """Give back the handles; returns the staged file, which the caller discards unless it was placed."""
         self.closed = True
         self._applier = None
+        if self._notes is not None:
+            os.close(self._notes)
+            self._notes = None
+        for leaves in (self._known, self.take_leaves()):
+            if leaves is not None:
+                leaves.close()
         building, self._building = self._building, None
         if building is None:
             return None
@@ -123,6 +150,13 @@ class Upload:
     def _check(self) -> None:
         if self.abandoned:
             raise Interrupted
+
+    def _make_notes(self, store: LeafStore) -> Callable[[], int | None]:
+        def make() -> int | None:
+            self._notes = store.new_file()
+            return self._notes
+
+        return make
 
     def _check_base(self, fed: int) -> None:
         """Once, when the delta's header is there: a base of another length is another base."""
