@@ -25,6 +25,7 @@ from farshore.dbm.messages import (
     Partial,
     Patch,
     Upload,
+    Uploaded,
 )
 from farshore.dbm.receiver import Applier
 from farshore.fmm.types import Root
@@ -62,6 +63,8 @@ class Source:
         self.sock = sock
         self.sock.settimeout(GENEROUS)
         self._messages: list[FromReplica] = []
+        #: The uploads that the replica said to have, of the messages that were read.
+        self.uploaded: list[int] = []
 
     def put(self, *messages: object) -> None:
         """Send messages, in blocks of at most 1 MiB."""
@@ -93,8 +96,11 @@ class Source:
         return self._messages.pop(0)
 
     def verdict(self) -> Ack | Nak:
-        """The next message, which is one of these."""
+        """The next message, which is one of these; that an upload is complete may come before it."""
         message = self.read()
+        while isinstance(message, Uploaded):
+            self.uploaded.append(message.upload)
+            message = self.read()
         assert isinstance(message, (Ack, Nak)), message
         return message
 

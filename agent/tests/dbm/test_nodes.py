@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+import threading
 from pathlib import Path
 from typing import NoReturn
 
@@ -15,10 +16,11 @@ from trees import Mutator, differences
 from farshore import tls
 from farshore.config import NodeRef, Tls
 from farshore.control import api, client
-from farshore.dbm import sender, wire
+from farshore.dbm import sender, uploads, wire
 from farshore.dbm.blocks import BlockWriter
 from farshore.dbm.messages import Begin, Commit, Hello, MakeSymlink, Meta, Nak, Put, Refused, Welcome
 from farshore.dbm.record import Record, load, store
+from farshore.dbm.replica.build import Building
 from farshore.dbm.replica.stage import Stage
 from farshore.errors import FarshoreError, NotInTime, StaleEpoch, StateError
 
@@ -364,3 +366,31 @@ async def test_a_protected_path_that_is_a_link_to_a_file_is_a_problem(pair: Pair
     with pytest.raises(NotInTime, match="symbolic link"):
         await pair.local.groups["web"].flush(5)
     assert not pair.remote_tree.exists()
+
+
+async def test_a_large_file_on_its_way_to_the_disk_holds_up_no_small_one(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(uploads, "SMALL", 1 << 20)
+    gate, held_up = threading.Event(), threading.Event()
+    sync = Building.sync
+
+    def held(self: Building) -> None:
+        held_up.set()
+        assert gate.wait(60)
+        sync(self)
+
+    await pair.own("local", 1)
+    await pair.local.groups["web"].flush(60)
+    monkeypatch.setattr(Building, "sync", held)
+    (pair.local_tree / "large").write_bytes(os.urandom(3 << 20))
+    try:
+        await until(held_up.is_set, "the large file was not built")
+        for number in range(3):
+            (pair.local_tree / f"small{number}").write_text("s")
+            await until((pair.remote_tree / f"small{number}").exists, "a small file did not arrive")
+        assert not (pair.remote_tree / "large").exists()
+    finally:
+        gate.set()
+    await pair.local.groups["web"].flush(60)
+    assert differences(pair.local_tree, pair.remote_tree) == []

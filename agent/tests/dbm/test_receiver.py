@@ -46,10 +46,11 @@ from farshore.dbm.messages import (
     SetMeta,
     SignaturePart,
     Upload,
+    Uploaded,
     WantSignature,
 )
 from farshore.dbm.receiver import Applier
-from farshore.dbm.replica import staging
+from farshore.dbm.replica import build, staging
 from farshore.dbm.replica.stage import Stage
 from farshore.dbm.replica.upload import Upload as Taken
 from farshore.delta import format as layout
@@ -212,6 +213,26 @@ def test_uploads_and_transactions_are_interleaved(replica: Replica) -> None:
     replica.source.put(*replica.transaction(*[Patch(0, b"big%d" % n, FILE, n) for n in range(4)]))
     replica.source.until_acked(replica.seq)
     assert [(replica.root / f"big{n}").stat().st_size for n in range(4)] == [400_000] * 4
+
+
+def test_a_source_that_waits_for_an_upload_is_not_held_up(replica: Replica, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = threading.Event()
+    sync = build.Building.sync
+
+    def held(self: build.Building) -> None:
+        assert gate.wait(60)
+        sync(self)
+
+    monkeypatch.setattr(build.Building, "sync", held)
+    *frames, patch = put_whole(7, b"large", bytes(1 << 20))
+    replica.source.put(*frames)
+    for number in range(3):
+        assert isinstance(replica.send(Put(0, b"small%d" % number, FILE, b"s")), Ack)
+    assert replica.source.uploaded == []
+    gate.set()
+    assert replica.source.read() == Uploaded(7)
+    assert isinstance(replica.send(patch), Ack)
+    assert (replica.root / "large").stat().st_size == 1 << 20
 
 
 def test_a_base_is_what_the_transactions_before_made(replica: Replica) -> None:

@@ -315,8 +315,14 @@ class NoSignature(_Message, frozen=True, tag="no-sign"):
     """There is no file at the path that a signature was wanted of."""
 
 
+class Uploaded(_Message, frozen=True, tag="uploaded"):
+    """All of an upload is there and durable: a transaction that puts it into place need not wait for it."""
+
+    upload: int
+
+
 class Pong(_Message, frozen=True, tag="pong"):
     """I am here."""
 
 
-FromReplica = Welcome | Refused | Ack | Nak | Entries | SignaturePart | NoSignature | Pong
+FromReplica = Welcome | Refused | Ack | Nak | Entries | SignaturePart | NoSignature | Uploaded | Pong

@@ -36,6 +36,7 @@ from farshore.dbm.messages import (
     Put,
     Refused,
     SignaturePart,
+    Uploaded,
     WantSignature,
 )
 from farshore.dbm.messages import Upload as UploadFrame
@@ -159,7 +160,9 @@ class _Session:
         self._stager = Stager(
             applier, self._operations, self._switch, worker, gate.check_epoch, self._deliver, self._fail
         )
-        self._uploader = Uploader(self._chunks, self._switch, self._upload_failed, self._drop, self._fail)
+        self._uploader = Uploader(
+            self._chunks, self._switch, self._upload_failed, self._upload_complete, self._drop, self._fail
+        )
         #: The uploads that the source can still speak of, by their number.
         self._open: dict[int, Upload] = {}
         #: All whose last chunk has arrived, of these.
@@ -336,6 +339,15 @@ class _Session:
         """In the thread of the uploads."""
         upload.failure = refusal(0, upload.root, upload.path, error)
         self._stager.refuse(upload.failure)
+
+    def _upload_complete(self, upload: Upload) -> None:
+        """In the thread of the uploads."""
+        self._loop.call_soon_threadsafe(self._tell_complete, upload)
+
+    def _tell_complete(self, upload: Upload) -> None:
+        for number, each in self._open.items():
+            if each is upload:
+                self._outbox.put(Uploaded(number))
 
     def _drop(self, upload: Upload) -> None:
         """In the thread of the uploads."""

@@ -45,6 +45,7 @@ from farshore.dbm.messages import (
     Pong,
     Refused,
     SignaturePart,
+    Uploaded,
     WantSignature,
     Welcome,
 )
@@ -669,6 +670,9 @@ class Sender:
                     if not self._asking.locked():
                         raise ProtocolError(self._peer.node, "a signature that nobody wants")
                     self._answers.put_nowait(message)
+                case Uploaded(upload=number):
+                    if self._uploads is not None:
+                        self._uploads.uploaded(number)
                 case Pong():
                     pass
                 case _:

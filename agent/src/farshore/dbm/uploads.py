@@ -28,7 +28,8 @@ from farshore.dbm.work import Content, Job
 from farshore.fmm import scanner
 from farshore.fmm.types import FileKind, Root
 
-#: Files up to this size have a slot of their own, so that they need not wait for a file of hours.
+#: Files up to this size have a slot of their own, so that they need not wait for a file of hours. A larger one is put
+#: into place when the replica has told that all of it is on its disk: no transaction has to wait for that.
 SMALL = 16 << 20
 #: A file that changed while it was read is read again after as long as the reading took, at most so many seconds.
 MAX_REST = 5.0
@@ -77,6 +78,7 @@ class Uploads:
         self._numbers = itertools.count(1)
         self._jobs: list[Job] = []
         self._changed = asyncio.Event()
+        self._building: dict[int, asyncio.Event] = {}
         self._stopped = threading.Event()
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="upload")
         self._rest: dict[tuple[int, bytes], float] = {}
@@ -88,6 +90,11 @@ class Uploads:
         job.not_before = self._rest.get((job.root, job.path), 0.0)
         self._jobs.append(job)
         self._changed.set()
+
+    def uploaded(self, number: int) -> None:
+        """The replica has all of an upload."""
+        if number in self._building:
+            self._building[number].set()
 
     async def run(self) -> None:
         """Work until cancelled; raises what the line raises."""
@@ -190,8 +197,15 @@ class Uploads:
                     view = view[size:]
         finally:
             ahead.cancel()
-        await self._line.send([wire.frame(Chunk(job.number, b"", True))])
-        job.content = reading.content
+        content = reading.content
+        built = self._building[job.number] = asyncio.Event()
+        try:
+            await self._line.send([wire.frame(Chunk(job.number, b"", True))])
+            if content is not None and content.length > SMALL:
+                await built.wait()
+        finally:
+            del self._building[job.number]
+        job.content = content
 
     async def _in_thread(self, call: Callable[..., _T], *args: object) -> _T:
         return await asyncio.get_running_loop().run_in_executor(self._pool, call, *args)

@@ -177,7 +177,8 @@ _HEADER_BYTES = 64
 class Uploader:
     """The thread that feeds the uploads of one connection, in the order in which their pieces came.
 
-    ``refuse`` is called from it when one fails, ``drop`` to give back what one holds.
+    ``refuse`` is called from it when one fails, ``complete`` when all of one is there, ``drop`` to give back what one
+    holds.
     """
 
     def __init__(
@@ -185,12 +186,14 @@ class Uploader:
         inbox: Inbox[tuple[Upload, bytes | None, bool]],
         switch: Switch,
         refuse: Callable[[Upload, Exception], None],
+        complete: Callable[[Upload], None],
         drop: Callable[[Upload], None],
         fail: Callable[[BaseException], None],
     ) -> None:
         self._inbox = inbox
         self._switch = switch
         self._refuse = refuse
+        self._complete = complete
         self._drop = drop
         self._fail = fail
         self._thread = threading.Thread(target=self._run, name="uploads", daemon=True)
@@ -225,5 +228,7 @@ class Uploader:
                 raise
             except Exception as error:
                 self._refuse(upload, error)
+            if upload.complete:
+                self._complete(upload)
             if last:
                 self._switch.notify()
