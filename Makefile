@@ -89,6 +89,10 @@ bench: bench-deps lab-deps ## All benchmarks beside their peers, up to an hour; 
 bench-quick: bench-deps ## Rows 1 to 7 in about ten minutes
 	@$(BIN)/python -m bench --quick
 
+.PHONY: crash
+crash: setup ## Kill both nodes a thousand times while files change, in at most 40 minutes; writes build/crash/report.json
+	@$(BIN)/python agent/tests/crash.py --kills 1000 --minutes 40 --report build/crash/report.json
+
 .PHONY: build
 build: setup ## The collection's tarball, in build/
 	@mkdir -p build

@@ -81,7 +81,7 @@ def _stack(frame: FrameType | None) -> tuple[str, ...]:
     found: list[str] = []
     while frame is not None and len(found) < _DEPTH:
         code = frame.f_code
-        line = linecache.getline(code.co_filename, frame.f_lineno).strip()
+        line = linecache.getline(code.co_filename, frame.f_lineno or 0).strip()
         found.append(f"{_short(code.co_filename)}:{code.co_name}:{line}")
         frame = frame.f_back
     return tuple(found)

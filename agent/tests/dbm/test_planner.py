@@ -94,7 +94,7 @@ class Source:
 
     def read(self, job: Job) -> None:
         """What a slot of the uploads does, without sending."""
-        blob = self.index.get_signature(job.root, job.path)
+        blob = self.index.get_signature(job.root, job.base)
         try:
             reading = uploads._Reading(self.root, job, uploads._parsed(blob), threading.Event())
             if job.hash_only:
@@ -282,11 +282,50 @@ def test_who_looks_at_a_file_that_is_being_read_waits_for_it(source: Source) -> 
 
 def test_a_large_file_renamed_is_moved(source: Source) -> None:
     (source.tree / "f").write_bytes(os.urandom(LARGE))
-    source.tell()
+    while not (known := source.index.get(0, b"f")) or not known.ctime_ns:
+        source.tell()
     (source.tree / "f").rename(source.tree / "g")
     sent = source.tell(Hint(0, b"f", Kind.MOVED_FROM), Hint(0, b"g", Kind.MOVED_TO))
     assert [(m.path, m.to) for m in sent if isinstance(m, Move)] == [(b"f", b"g")]
     assert paths_of(sent, Patch) == []
+
+
+@pytest.mark.parametrize("size", [100, LARGE])
+@pytest.mark.parametrize("replaces", [False, True])
+def test_a_name_never_holds_what_it_never_held(source: Source, size: int, replaces: bool) -> None:
+    """Saving by a rename: the replica has the new file's beginning under its old name."""
+    if replaces:
+        (source.tree / "g").write_bytes(b"before" * size)
+    (source.tree / "new").write_bytes(os.urandom(size))
+    source.tell()
+    with (source.tree / "new").open("ab") as file:
+        file.write(b"and the end of it")
+    (source.tree / "new").rename(source.tree / "g")
+    sent = source.tell(Hint(0, b"new", Kind.MOVED_FROM), Hint(0, b"g", Kind.MOVED_TO))
+    told = [(type(m), m.path) for m in sent if isinstance(m, (Put, Patch, Move, Remove))]
+    assert told == [(Put if size == 100 else Patch, b"g"), (Remove, b"new")]
+
+
+def test_a_large_file_that_grew_and_was_renamed_is_sent_as_its_change(source: Source) -> None:
+    (source.tree / "part").write_bytes(os.urandom(LARGE))
+    source.tell()
+    with (source.tree / "part").open("ab") as file:
+        file.write(b"the end")
+    (source.tree / "part").rename(source.tree / "whole")
+    pieces: list[bytes] = []
+    piece = uploads._Reading.piece
+
+    def noted(reading: uploads._Reading) -> bytes | None:
+        data = piece(reading)
+        pieces.append(data or b"")
+        return data
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(uploads._Reading, "piece", noted)
+        source.tell(Hint(0, b"whole", Kind.MOVED_TO), Hint(0, b"part", Kind.MOVED_FROM))
+    assert len(b"".join(pieces)) < LARGE // 10
+    assert source.index.get(0, b"part") is None
+    assert source.index.get_signature(0, b"whole") is not None
 
 
 def test_a_second_name_of_a_large_file_is_a_link(source: Source) -> None:

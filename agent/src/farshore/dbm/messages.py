@@ -161,7 +161,8 @@ class Begin(_Message, frozen=True, tag="begin"):
 class Upload(_Message, frozen=True, tag="u"):
     """Content for a file begins to come: a delta stream, in the chunks that bear the number ``upload``.
 
-    With ``based``, the delta refers to what ``path`` holds on the replica after the transactions before this frame.
+    With ``based``, the delta refers to what ``path`` holds on the replica after the transactions before this frame. A
+    Patch may put the content at another path of the same root.
     ``sparse``: zeros become holes. ``skip`` above 0 goes on with the upload that Welcome named for this path, of
     whose delta the replica has that many bytes; the chunks continue there.
     """

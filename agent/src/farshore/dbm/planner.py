@@ -96,6 +96,10 @@ class Planner:
         self._filters = [Filter(root) for root in roots]
         self._directories = [scanner.Directories(root.path) for root in roots]
         self._jobs: dict[tuple[int, bytes], Job] = {}
+        # Where the replica has an earlier content of a large file that was renamed since, by its new name; and by that
+        # old name, the job whose delta refers to it.
+        self._bases: dict[tuple[int, bytes], bytes] = {}
+        self._held: dict[tuple[int, bytes], Job] = {}
         self._plan = Planned(0)
         self._touched: set[tuple[int, bytes]] = set()
         # Directories that the replica surely has, as nothing was moved or removed since that was looked up.
@@ -147,11 +151,15 @@ class Planner:
         for work in reversed(job.works):
             batch.look(job.root, job.path, Kind.RESCAN if work is not job.works[0] else Kind.MODIFIED, work)
             work.left -= 1  # that it waited for the job
+        if self._held.pop((job.root, job.base), None) is not None:
+            batch.vanish(job.root, job.base, job.works[0])
         return batch
 
     def forget_jobs(self) -> None:
         """No file is being read any more."""
         self._jobs.clear()
+        self._bases.clear()
+        self._held.clear()
         self.new_jobs.clear()
 
     def _step(self, batch: Batch) -> Work:
@@ -398,6 +406,10 @@ class Planner:
         elif not path:
             # An unmounted or vanished root is a fault here, not a wish to empty the replica.
             self._absent(root, "the protected path is missing")
+        elif (root, path) in self._held:
+            # What the replica has there is needed until the upload is complete.
+            work.left += 1
+            self._held[root, path].works.append(work)
         elif self._has_root(root):
             self._forget_problems(root, path)
             self._unreadable.pop((root, path), None)
@@ -590,7 +602,11 @@ class Planner:
         return self._index.get(root, parent) is not None
 
     def _moved(self, batch: Batch, seen: Observed, work: Work) -> Known | None:
-        """If what was seen stood under another name that is free now, rename it on the replica."""
+        """If what was seen stood under another name that is free now, rename it on the replica.
+
+        But not a file whose content the replica does not have as it is: who saves by renaming means that nobody ever
+        sees anything else under the new name. It is sent there, and what the old name has can be the delta's base.
+        """
         root, path = seen.root, seen.path
         if not path or (seen.nlink > 1 and seen.kind is not FileKind.DIRECTORY):
             return None
@@ -606,6 +622,11 @@ class Planner:
                 continue
             if self._is_inode(root, old.path, seen.dev, seen.ino):
                 continue
+            if seen.kind is FileKind.FILE and not _is_current(old, seen):
+                batch.vanish(root, old.path, work)
+                if min(seen.size, 2 * old.size) > INLINE_MAX and 2 * old.size >= seen.size:
+                    self._bases[root, path] = old.path
+                return None
             self._emit(Move(root, old.path, path))
             self._index.move(root, old.path, path)
             batch.vanish(root, old.path, work)
@@ -769,7 +790,11 @@ class Planner:
         if job is not None:
             job.works.append(work)
             return
-        job = self._jobs[seen.root, seen.path] = Job(seen.root, seen.path, seen.size, [work], hash_only)
+        key = seen.root, seen.path
+        base = self._bases.pop(key, seen.path)
+        job = self._jobs[key] = Job(*key, seen.size, [work], hash_only and base == seen.path, base)
+        if base != seen.path:
+            self._held[seen.root, base] = job
         self.new_jobs.append(job)
 
     def _may_be_there(self, seen: Observed, known: Known | None) -> bool:
@@ -805,6 +830,11 @@ def _reason(error: OSError) -> str:
 
 def _has(known: Known | None, seen: Observed, size: int, digest: bytes) -> bool:
     return known is not None and known.size == size and known.digest == digest and not _doubtful(known, seen)
+
+
+def _is_current(known: Known, seen: Observed) -> bool:
+    """Whether the replica surely has the content that was seen, though its ctime says that something has changed."""
+    return bool(known.ctime_ns) and (known.size, known.mtime_ns) == (seen.size, seen.mtime_ns)
 
 
 def _doubtful(known: Known, seen: Observed) -> bool:

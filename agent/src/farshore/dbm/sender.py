@@ -730,21 +730,21 @@ class Sender:
         return self._between
 
     async def what_is_known(self, job: Job) -> tuple[Known | None, bytes | None]:
-        """The index's entry of the job's path, and the signature."""
+        """The index's entry of the job's base, and the signature."""
 
         def look() -> tuple[Known | None, bytes | None]:
             if self._index is None:
                 return None, None
-            return self._index.get(job.root, job.path), self._index.get_signature(job.root, job.path)
+            return self._index.get(job.root, job.base), self._index.get_signature(job.root, job.base)
 
         return await self._in_worker(look)
 
     async def ask_signature(self, job: Job) -> bytes | None:
-        """The signature exchange of the paper: what the replica has at the job's path."""
+        """The signature exchange of the paper: what the replica has as the job's base."""
         known, _ = await self.what_is_known(job)
         most = _SIGNATURE_BYTES + int((known.size if known else 0) * _SIGNATURE_SHARE)
         async with self._asking:
-            await self.send([wire.frame(WantSignature(job.root, job.path))])
+            await self.send([wire.frame(WantSignature(job.root, job.base))])
             blob = bytearray()
             while True:
                 part = await self._answers.get()

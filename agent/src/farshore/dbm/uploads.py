@@ -53,7 +53,7 @@ class Line(Protocol):
         """While entered, no transaction is planned or sent."""
 
     async def what_is_known(self, job: Job) -> tuple[Known | None, bytes | None]:
-        """What the index has of the job's path: the entry, and the signature as bytes."""
+        """What the index has of the job's base: the entry, and the signature as bytes."""
 
     async def ask_signature(self, job: Job) -> bytes | None:
         """The signature of the replica's file, None when it has none."""
@@ -174,14 +174,14 @@ class Uploads:
         based = base is not None
         reading = _Reading(self._roots[job.root], job, base, self._stopped)
         skip = 0
-        partial = self._partials.pop((job.root, job.path), None)
+        partial = self._partials.pop((job.root, job.base), None)
         if partial is not None and partial.based == based and partial.received >= _MIN_RESUME:
             if await self._in_thread(reading.skip, partial.received, partial.digest):
                 skip = partial.received
             else:
                 reading = _Reading(self._roots[job.root], job, base, self._stopped)
         job.number = next(self._numbers)
-        await self._line.send([wire.frame(Upload(job.number, job.root, job.path, based, reading.sparse, skip))])
+        await self._line.send([wire.frame(Upload(job.number, job.root, job.base, based, reading.sparse, skip))])
         return reading
 
     async def _send(self, job: Job, reading: _Reading) -> None:
