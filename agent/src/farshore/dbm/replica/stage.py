@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import itertools
 import os
 import re
@@ -79,12 +78,8 @@ class Stage:
         self._names = (b"%s%08x" % (prefix, n & 0xFFFFFFFF) for n in itertools.count())
         self._made: set[bytes] = set()
         self._lock = threading.Lock()
-        #: Renamed into the tree for a moment, to see whether that works; named by the root, as roots may be neighbours.
-        self._probe_name = PREFIX + b"probe-" + hashlib.sha256(root).hexdigest()[:16].encode()
         for choice in self._choices:
             self._clear(choice)
-        with contextlib.suppress(OSError):
-            os.unlink(self._into() + b"/" + self._probe_name)
 
     @property
     def birth(self) -> Birth:
@@ -203,35 +198,38 @@ class Stage:
         cause: OSError | None = None
         target = os.open(self._into(), _DIRECTORY)
         try:
-            with _unnoticed(target):
-                for choice in self._choices:
+            for choice in self._choices:
+                try:
+                    directory = self._open(choice)
                     try:
-                        directory = self._open(choice)
-                        try:
-                            self._probe(directory, target)
-                        except OSError:
-                            os.close(directory)
-                            self._drop(choice)
-                            raise
-                    except OSError as error:
-                        cause = error
-                        continue
-                    self._choice = choice
-                    return directory
+                        _check_reach(directory, target)
+                    except OSError:
+                        os.close(directory)
+                        self._drop(choice)
+                        raise
+                except OSError as error:
+                    cause = error
+                    continue
+                self._choice = choice
+                return directory
         finally:
             os.close(target)
         raise StateError(os.fsdecode(self._root), f"no place for temporary files that reaches it: {cause}")
 
-    def _probe(self, directory: int, into: int) -> None:
-        """Rename a file from ``directory`` into the tree and remove it; raises OSError when that does not work."""
-        source, probe = next(self._names), self._probe_name
-        os.close(os.open(source, _NEW, 0o600, dir_fd=directory))
-        try:
-            os.rename(source, probe, src_dir_fd=directory, dst_dir_fd=into)
-        except OSError:
-            os.unlink(source, dir_fd=directory)
+
+def _check_reach(directory: int, into: int) -> None:
+    """Raises OSError with EXDEV when no rename leads from one directory into the other.
+
+    Nothing is changed for that, as a kill in the middle would leave the replica changed: the kernel looks at the mounts
+    before it finds that "." is no name to rename to.
+    """
+    if os.fstat(directory).st_dev != os.fstat(into).st_dev:
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+    try:
+        os.rename(b"probe", b".", src_dir_fd=directory, dst_dir_fd=into)
+    except OSError as error:
+        if error.errno != errno.EBUSY:
             raise
-        os.unlink(probe, dir_fd=into)
 
 
 def _birth(directory: int, name: bytes) -> Birth:
