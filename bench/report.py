@@ -113,10 +113,7 @@ def _details(row: Mapping[str, Any]) -> str:
         parts.append(_runs(row["medians"]))
     others = [c for c in row["criteria"] if not c["binding"] and c["values"]]
     if others:
-        shown = "; ".join(
-            f"{c['name']} {figure(c['median'], c['unit'])}" + (f" ({MARKS[c['verdict']]})" if c["must"] else "")
-            for c in others
-        )
+        shown = "; ".join(f"{c['name']} {figure(c['median'], c['unit'])}" for c in others)
         parts.append(f"Beside: {shown}.")
     if row["limits"]:
         shown = "; ".join(f"{limit['name']} {figure(limit['value'], limit['unit'])}" for limit in row["limits"])
