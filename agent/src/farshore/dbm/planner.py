@@ -555,6 +555,7 @@ class Planner:
         known = self._settle_place(batch, seen, known, work)
         if handle is not None:
             self._file(batch, seen, known, force, work, handle)
+        self._bases.pop((seen.root, seen.path), None)
 
     def _sync_single_file(self, batch: Batch, seen: Observed, known: Known | None, force: bool, work: Work) -> None:
         try:
