@@ -232,6 +232,7 @@ class Sender:
         self._is_waking = False
         self._progress = asyncio.Condition()
         self._told_in_step = False
+        self._doubts_below = 0
         self._naks = 0
         self.connected = False
         self.comparing = False
@@ -286,7 +287,8 @@ class Sender:
 
         def done() -> bool:
             lowest = self._dirty.lowest_mark()
-            settled = lowest is None or lowest >= mark
+            # What a new connection puts in doubt may have changed long before it was marked.
+            settled = lowest is None or lowest >= max(mark, self._doubts_below)
             return self.connected and self.compared and settled and not self._absent()
 
         try:
@@ -409,6 +411,7 @@ class Sender:
             # Nobody watched before this process began, and the watcher may take long to start.
             hints = [*hints, *dirty_everything(range(len(self._roots)))]
         self._dirty.mark(hints, time.monotonic())
+        self._doubts_below = self._dirty.next_mark()
         self.connected = self.compared = True
         self.reason = "replicating"
         self._told_in_step = False
