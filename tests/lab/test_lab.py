@@ -228,7 +228,7 @@ def test_a_capture_has_all_from_its_start_to_its_end(tmp_path: Path) -> None:
     assert lab("capture", "stop").stdout.split() == [str(file)]
 
     packets = subprocess.run(
-        ["tcpdump", "-n", "-r", str(file), "icmp"], capture_output=True, text=True, check=True
+        ["tcpdump", "-Z", "root", "-n", "-r", str(file), "icmp"], capture_output=True, text=True, check=True
     ).stdout.splitlines()
     assert len(packets) == 6
 
