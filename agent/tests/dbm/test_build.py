@@ -309,6 +309,48 @@ def test_what_somebody_changed_at_the_replica_is_not_known(place: Path, same_tim
         replica.finish()
 
 
+@pytest.mark.parametrize("by_copy", [False, True])
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_base_that_changes_as_its_leaves_are_taken(
+    place: Path, monkeypatch: pytest.MonkeyPatch, by_copy: bool, moment: str
+) -> None:
+    """What is acknowledged has the right bytes, whenever somebody writes to the base."""
+    (place / "root").mkdir()
+    replica = Replica(place)
+    path = place / "root" / "f"
+    of = leaves.LeafStore.of
+
+    def tamper() -> None:
+        with path.open("r+b") as file:
+            file.seek(1000 * PAGE)
+            file.write(b"tampered")
+
+    def disturbed(store: leaves.LeafStore, handle: int) -> delta.Leaves | None:
+        if moment == "before":
+            tamper()
+        known = of(store, handle)
+        if moment == "after":
+            assert known is not None
+            tamper()
+        return known
+
+    try:
+        old = os.urandom(5 << 20)
+        assert isinstance(put(replica, 1, old, None), Ack)
+        new = old if by_copy else changed(old, 5)
+        monkeypatch.setattr(leaves.LeafStore, "of", disturbed)
+        if by_copy:
+            answer = replica.send(Copy(0, b"g", FILE, 0, b"f", blake3.blake3(old).digest()))
+        else:
+            answer = put(replica, 2, new, old)
+        if isinstance(answer, Ack):
+            assert (place / "root" / ("g" if by_copy else "f")).read_bytes() == new
+        else:
+            assert answer.unknown_base
+    finally:
+        replica.finish()
+
+
 def test_leaves_of_few_files_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(leaves, "MOST_FILES", 3)
     store = leaves.LeafStore(tmp_path)

@@ -251,9 +251,10 @@ class Stager:
         staged, handle = upload.content()
         try:
             self._applier.trees[operation.root].prepare(handle, operation.meta)
+            status = os.fstat(handle)
             leaves = upload.take_leaves()
             if leaves is not None:
-                self._applier.leaves.add(os.fstat(handle), leaves)
+                self._applier.leaves.add(status, leaves)
         finally:
             os.close(handle)
         return staged
@@ -285,8 +286,9 @@ class Stager:
         building: Building | None = None
         known: delta.Leaves | None = None
         try:
-            known = self._applier.leaves.of(source)
             building = Building(staged, handle, source, sparse=sparse, check=self._switch.check)
+            # Only now: a change of the source from here on is noticed when the building is finished.
+            known = self._applier.leaves.of(source)
             if copy_file(building, known) != operation.digest:
                 raise BaseUnknown(operation.source, "it has another content")
             self._applier.trees[operation.root].prepare(handle, operation.meta)

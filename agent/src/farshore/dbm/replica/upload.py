@@ -75,15 +75,16 @@ class Upload:
     def open(self, staged: Staged, handle: int, base: int | None, store: LeafStore) -> None:
         """Take a new staged file and the base, both of which become the upload's; raises OSError."""
         try:
+            build = Building(staged, handle, base, sparse=self.sparse, check=self._check)
+            # Only now: a change of the base from here on is noticed when the building is finished.
             self._known = None if base is None else store.of(base)
-            self._building = Building(staged, handle, base, sparse=self.sparse, check=self._check)
         except BaseException:
             os.close(handle)
             if base is not None:
                 os.close(base)
             raise
+        self._building = build
         reader = None if base is None else delta.FdReader(base)
-        build = self._building
         self._applier = delta.Applier(
             reader,
             build.write,
