@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 from nodes import Pair
@@ -58,6 +59,8 @@ class Source:
         self.seq = 0
         self.last = Planned(0)
         self.ended: list[object] = []
+        #: The paths that were read as large files.
+        self.jobs: list[bytes] = []
 
     def one(self, batch: Batch) -> list[FromSource]:
         self.index.begin()
@@ -94,6 +97,7 @@ class Source:
 
     def read(self, job: Job) -> None:
         """What a slot of the uploads does, without sending."""
+        self.jobs.append(job.path)
         blob = self.index.get_signature(job.root, job.base)
         try:
             reading = uploads._Reading(self.root, job, uploads._parsed(blob), threading.Event())
@@ -306,6 +310,36 @@ def test_a_name_never_holds_what_it_never_held(source: Source, size: int, replac
     assert told == [(Put if size == 100 else Patch, b"g"), (Remove, b"new")]
 
 
+@pytest.mark.parametrize("size", [100, LARGE])
+@pytest.mark.parametrize("how", ["not opened", "not read"])
+def test_a_renamed_file_that_cannot_be_read_is_not_lost(
+    source: Source, monkeypatch: pytest.MonkeyPatch, size: int, how: str
+) -> None:
+    """An earlier content on the replica is worth more than none."""
+    (source.tree / "old").write_bytes(os.urandom(size))
+    source.tell()
+    with (source.tree / "old").open("ab") as file:
+        file.write(b"and the end of it")
+    (source.tree / "old").rename(source.tree / "new")
+
+    def bad(*_: object) -> NoReturn:
+        raise OSError(errno.EIO, "Input/output error")
+
+    if how == "not opened":
+        monkeypatch.setattr(scanner, "open_file", bad)
+    else:
+        monkeypatch.setattr(os, "read", bad)
+        monkeypatch.setattr(uploads._Reading, "_check", bad)
+    sent = source.tell(Hint(0, b"new", Kind.MOVED_TO), Hint(0, b"old", Kind.MOVED_FROM))
+    assert [(m.path, m.to) for m in sent if isinstance(m, Move)] == [(b"old", b"new")]
+    assert paths_of(sent, Remove) == []
+    assert source.planner.problems
+    monkeypatch.undo()
+    (source.tree / "new").touch()
+    sent = source.tell(Hint(0, b"new", Kind.MODIFIED))
+    assert paths_of(sent, Put if size == 100 else Patch) == [b"new"]
+
+
 def test_a_large_file_that_grew_and_was_renamed_is_sent_as_its_change(source: Source) -> None:
     (source.tree / "part").write_bytes(os.urandom(LARGE))
     source.tell()
@@ -323,6 +357,7 @@ def test_a_large_file_that_grew_and_was_renamed_is_sent_as_its_change(source: So
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(uploads._Reading, "piece", noted)
         source.tell(Hint(0, b"whole", Kind.MOVED_TO), Hint(0, b"part", Kind.MOVED_FROM))
+    assert source.jobs == [b"part", b"whole"], "each is read once"
     assert len(b"".join(pieces)) < LARGE // 10
     assert source.index.get(0, b"part") is None
     assert source.index.get_signature(0, b"whole") is not None

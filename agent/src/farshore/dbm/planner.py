@@ -96,9 +96,9 @@ class Planner:
         self._filters = [Filter(root) for root in roots]
         self._directories = [scanner.Directories(root.path) for root in roots]
         self._jobs: dict[tuple[int, bytes], Job] = {}
-        # Where the replica has an earlier content of a large file that was renamed since, by its new name; and by that
-        # old name, the job whose delta refers to it.
-        self._bases: dict[tuple[int, bytes], bytes] = {}
+        # Where the replica has an earlier content of the file that is looked at, if that is another path; and by such
+        # paths, the jobs whose deltas refer to them.
+        self._base: bytes | None = None
         self._held: dict[tuple[int, bytes], Job] = {}
         self._plan = Planned(0)
         self._touched: set[tuple[int, bytes]] = set()
@@ -151,14 +151,15 @@ class Planner:
         for work in reversed(job.works):
             batch.look(job.root, job.path, Kind.RESCAN if work is not job.works[0] else Kind.MODIFIED, work)
             work.left -= 1  # that it waited for the job
-        if self._held.pop((job.root, job.base), None) is not None:
-            batch.vanish(job.root, job.base, job.works[0])
+        self._held.pop((job.root, job.base), None)
+        for work in job.base_works:
+            batch.vanish(job.root, job.base, work)
+            work.left -= 1
         return batch
 
     def forget_jobs(self) -> None:
         """No file is being read any more."""
         self._jobs.clear()
-        self._bases.clear()
         self._held.clear()
         self.new_jobs.clear()
 
@@ -407,9 +408,9 @@ class Planner:
             # An unmounted or vanished root is a fault here, not a wish to empty the replica.
             self._absent(root, "the protected path is missing")
         elif (root, path) in self._held:
-            # What the replica has there is needed until the upload is complete.
+            # What the replica has there is needed until the upload is complete; then it is looked at once more.
             work.left += 1
-            self._held[root, path].works.append(work)
+            self._held[root, path].base_works.append(work)
         elif self._has_root(root):
             self._forget_problems(root, path)
             self._unreadable.pop((root, path), None)
@@ -552,10 +553,10 @@ class Planner:
         if not self._parents(batch, seen.root, seen.path, work):
             batch.vanish(seen.root, seen.path, work)
             return
-        known = self._settle_place(batch, seen, known, work)
+        self._base = None
+        known = self._settle_place(batch, seen, known, work, readable=handle is not None)
         if handle is not None:
             self._file(batch, seen, known, force, work, handle)
-        self._bases.pop((seen.root, seen.path), None)
 
     def _sync_single_file(self, batch: Batch, seen: Observed, known: Known | None, force: bool, work: Work) -> None:
         try:
@@ -568,16 +569,18 @@ class Planner:
         finally:
             os.close(handle)
 
-    def _settle_place(self, batch: Batch, seen: Observed, known: Known | None, work: Work) -> Known | None:
+    def _settle_place(
+        self, batch: Batch, seen: Observed, known: Known | None, work: Work, readable: bool = True
+    ) -> Known | None:
         """Move what was seen to its place if it was known elsewhere, and clear the place of what is of another kind.
 
-        Returns what the replica has there then.
+        Returns what the replica has there then. ``readable``: see ``_moved``.
         """
         root, path = seen.root, seen.path
         if known is None or known.ino != seen.ino or known.kind != seen.kind:
             if known is not None:
                 self._look_at_other_names(batch, known, work)
-            known = self._moved(batch, seen, work) or known
+            known = self._moved(batch, seen, work, readable) or known
         if known is not None and known.kind is not seen.kind:
             if known.kind is FileKind.DIRECTORY:
                 self._emit(Remove(root, path))
@@ -602,11 +605,12 @@ class Planner:
         self._sync_other(batch, seen, known, work)
         return self._index.get(root, parent) is not None
 
-    def _moved(self, batch: Batch, seen: Observed, work: Work) -> Known | None:
+    def _moved(self, batch: Batch, seen: Observed, work: Work, readable: bool) -> Known | None:
         """If what was seen stood under another name that is free now, rename it on the replica.
 
         But not a file whose content the replica does not have as it is: who saves by renaming means that nobody ever
         sees anything else under the new name. It is sent there, and what the old name has can be the delta's base.
+        Only if it is not ``readable``, an earlier content under the new name is better than none.
         """
         root, path = seen.root, seen.path
         if not path or (seen.nlink > 1 and seen.kind is not FileKind.DIRECTORY):
@@ -623,14 +627,13 @@ class Planner:
                 continue
             if self._is_inode(root, old.path, seen.dev, seen.ino):
                 continue
-            if seen.kind is FileKind.FILE and not _is_current(old, seen):
-                batch.vanish(root, old.path, work)
-                if min(seen.size, 2 * old.size) > INLINE_MAX and 2 * old.size >= seen.size:
-                    self._bases[root, path] = old.path
+            batch.vanish(root, old.path, work)
+            if readable and seen.kind is FileKind.FILE and not _is_current(old, seen):
+                if 2 * old.size >= seen.size > INLINE_MAX:
+                    self._base = old.path
                 return None
             self._emit(Move(root, old.path, path))
             self._index.move(root, old.path, path)
-            batch.vanish(root, old.path, work)
             if seen.kind is FileKind.DIRECTORY:
                 batch.walk(root, path, work)
             return self._index.get(root, path)
@@ -696,6 +699,8 @@ class Planner:
         except OSError as error:
             # Nothing of it was sent yet, so that only this file stays behind.
             self._cannot_read(seen, error)
+            if known is None or known.ino != seen.ino:
+                self._moved(batch, seen, work, readable=False)
             return
         self._note(seen.root, seen.path, "content", None)
         if self._unreadable:
@@ -792,10 +797,9 @@ class Planner:
             job.works.append(work)
             return
         key = seen.root, seen.path
-        base = self._bases.pop(key, seen.path)
-        job = self._jobs[key] = Job(*key, seen.size, [work], hash_only and base == seen.path, base)
-        if base != seen.path:
-            self._held[seen.root, base] = job
+        job = self._jobs[key] = Job(*key, seen.size, [work], hash_only and not self._base, self._base or seen.path)
+        if self._base:
+            self._held[seen.root, self._base] = job
         self.new_jobs.append(job)
 
     def _may_be_there(self, seen: Observed, known: Known | None) -> bool:

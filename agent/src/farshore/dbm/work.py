@@ -52,8 +52,8 @@ def _moment(status: os.stat_result) -> tuple[int, int, int]:
 class Job:
     """A large file to be read: to be hashed only, when its content may be on the replica already, or to be sent.
 
-    The works wait for it. ``base`` is the path whose content on the replica the delta refers to, ``number`` is the
-    upload's on the wire, ``problem`` why it could not be read.
+    The works wait for it. ``base`` is the path whose content on the replica the delta refers to; ``base_works`` wait to
+    tell that it is gone. ``number`` is the upload's on the wire, ``problem`` why it could not be read.
     """
 
     root: int
@@ -62,6 +62,7 @@ class Job:
     works: list[Work]
     hash_only: bool
     base: bytes
+    base_works: list[Work] = field(default_factory=list)
     number: int = 0
     content: Content | None = None
     problem: OSError | None = None
