@@ -9,9 +9,9 @@ import shutil
 import sqlite3
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 from nodes import Pair
@@ -591,3 +591,26 @@ async def test_a_missing_root_empties_no_replica(pair: Pair) -> None:
     with pytest.raises(NotInTime):
         await group.flush(2)
     assert (pair.remote_tree / "d" / "f").read_text() == "precious"
+
+
+async def test_a_job_is_delivered_where_others_begin_to_wait_for_it(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Elsewhere, who begins to wait at that moment would wait for ever."""
+    threads: list[str] = []
+    deliver, transaction = planning.Planner.deliver, planning.Planner.transaction
+
+    def noted(call: Callable[..., Any]) -> Callable[..., Any]:
+        def noting(*arguments: Any) -> Any:
+            threads.append(threading.current_thread().name)
+            return call(*arguments)
+
+        return noting
+
+    monkeypatch.setattr(planning.Planner, "deliver", noted(deliver))
+    monkeypatch.setattr(planning.Planner, "transaction", noted(transaction))
+    (pair.local_tree / "large").write_bytes(os.urandom(LARGE))
+    await pair.own("local", 1)
+    await pair.local.groups["web"].flush(60)
+    assert len(threads) > 2
+    assert len(set(threads)) == 1

@@ -769,10 +769,11 @@ class Sender:
         """Bytes of content to send at once."""
         return min(wire.CHUNK, self._pacer.piece())
 
-    def done(self, job: Job) -> None:
+    async def done(self, job: Job) -> None:
         """A large file was read, and sent when need be."""
         if self._planner is not None:
-            self._batches.append(self._planner.deliver(job))
+            # In the worker: there, somebody may be about to wait for this job.
+            self._batches.append(await self._in_worker(self._planner.deliver, job))
             self._wake.set()
 
     async def _note_progress(self) -> None:

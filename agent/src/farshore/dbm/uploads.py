@@ -64,7 +64,7 @@ class Line(Protocol):
     def piece(self) -> int:
         """Bytes of content to send at once."""
 
-    def done(self, job: Job) -> None:
+    async def done(self, job: Job) -> None:
         """The job has its content, or its problem."""
 
 
@@ -119,7 +119,7 @@ class Uploads:
             if job.content is not None and not job.content.is_settled:
                 ended = time.monotonic()
                 self._rest[job.root, job.path] = ended + min(MAX_REST, ended - started)
-            self._line.done(job)
+            await self._line.done(job)
 
     async def _next(self, limit: int | None) -> Job:
         while True:
