@@ -459,6 +459,20 @@ def test_a_directory_in_doubt_is_set_again(source: Source) -> None:
     assert paths_of(source.tell(*hints), SetMeta) == [b"d"]
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_what_is_in_doubt_below_what_is_in_doubt_is_removed(source: Source, turned: bool) -> None:
+    """The replica may have a directory and what was in it, when the acknowledgements of both were lost."""
+    source.tell()
+    (source.tree / "d").mkdir()
+    source.index.begin()
+    doubts = [(0, b"d"), (0, b"d/gone"), (0, b"d/e"), (0, b"d/e/gone")]
+    hints = source.planner.doubt(reversed(doubts) if turned else doubts)
+    source.index.commit()
+    sent = source.tell(*hints)
+    assert paths_of(sent, MakeDir)[0] == b"d"
+    assert {b"d/gone", b"d/e"} <= set(paths_of(sent, Remove))
+
+
 def test_a_directory_replaced_is_drastic(source: Source) -> None:
     (source.tree / "d").mkdir()
     source.tell()

@@ -53,6 +53,8 @@ MAX_PATH = 4096
 #: Two changes within one tick of the kernel's clock leave equal times (10 ms at HZ=100): who changed so shortly
 #: before being read may change again unseen by lstat, as in git's "racy" index entries.
 _RACY_NS = 20_000_000
+#: The kind of what may be there, or not: sockets are never on a replica.
+_UNKNOWN = FileKind.SOCKET
 #: Extended attributes beyond this would not fit into a frame together with the rest of a message.
 _MAX_XATTRS = wire.MAX_FRAME - INLINE_MAX - 4 * MAX_PATH
 _XATTR_OVERHEAD = 16
@@ -196,7 +198,8 @@ class Planner:
         Returns the hints that have them looked at. Belongs to the index's open transaction.
         """
         hints = []
-        for root, path in paths:
+        # Parents first: with the entry of what is no directory, all below it goes.
+        for root, path in sorted(paths):
             known = self._index.get(root, path)
             if known is not None and known.kind is FileKind.DIRECTORY:
                 # It is there, as only a drastic transaction would have changed that; no metadata equals this mode.
@@ -584,7 +587,9 @@ class Planner:
         if known is not None and known.kind is not seen.kind:
             if known.kind is FileKind.DIRECTORY:
                 self._emit(Remove(root, path))
-            self._index.remove(root, path)
+            if known.kind is not _UNKNOWN:
+                # Below what is unknown, the replica may have what is in doubt as well.
+                self._index.remove(root, path)
             # What takes its place may turn out to be unreadable; the replica has something there until then.
             self._index.put(_unknown(root, path))
             known = None
@@ -873,8 +878,8 @@ def _known(seen: Observed, digest: bytes | None, settled: bool) -> Known:
 
 
 def _unknown(root: int, path: bytes) -> Known:
-    """An entry that equals nothing: something may be there. Sockets are never on a replica."""
-    return Known(root, path, FileKind.SOCKET, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, None, (), None)
+    """An entry that equals nothing: something may be there."""
+    return Known(root, path, _UNKNOWN, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, None, (), None)
 
 
 def dirty_everything(roots: Iterable[int]) -> list[Hint]:
