@@ -473,6 +473,35 @@ def test_what_is_in_doubt_below_what_is_in_doubt_is_removed(source: Source, turn
     assert {b"d/gone", b"d/e"} <= set(paths_of(sent, Remove))
 
 
+def test_a_link_that_came_and_went_unseen(source: Source) -> None:
+    """What was written through it shows under no name of which a hint tells."""
+    for name in ("a", "b"):
+        (source.tree / name).write_bytes(b"old")
+    source.tell()
+    for name in ("a", "b"):
+        os.link(source.tree / name, source.tree / f"{name}2")
+        (source.tree / f"{name}2").write_bytes(b"new")
+        (source.tree / f"{name}2").unlink()
+    kind = Kind.CREATED | Kind.MODIFIED | Kind.DELETED
+    assert not source.tell(Hint(0, b"a2", kind), Hint(0, b"b2", kind))
+    sent = source.tell(Hint(0, b"a2", kind | Kind.LINKED), Hint(0, b"b2", kind | Kind.LINKED))
+    assert sorted(paths_of(sent, Put)) == [b"a", b"b"]
+
+
+def test_the_other_names_of_what_is_in_doubt_are_looked_at(source: Source) -> None:
+    (source.tree / "a").write_bytes(b"old")
+    os.link(source.tree / "a", source.tree / "b")
+    source.tell()
+    (source.tree / "b").write_bytes(b"new")
+    (source.tree / "b").unlink()
+    source.index.begin()
+    hints = source.planner.doubt([(0, b"b")])
+    source.index.commit()
+    sent = source.tell(*hints)
+    assert paths_of(sent, Put) == [b"a"]
+    assert paths_of(sent, Remove) == [b"b"]
+
+
 def test_a_directory_replaced_is_drastic(source: Source) -> None:
     (source.tree / "d").mkdir()
     source.tell()

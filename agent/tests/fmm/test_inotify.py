@@ -64,6 +64,21 @@ def test_unnamed_file_that_gets_a_name(watch: Watch, top: bytes) -> None:
     assert Kind.CREATED in joined(watcher.drain())[b"f"]
 
 
+def test_names_that_come_for_files_that_have_others(watch: Watch, top: bytes) -> None:
+    touch(top + b"/f")
+    touch(top + b"/single")
+    watcher = watch(top)
+    os.link(top + b"/f", top + b"/g")
+    os.rename(top + b"/single", top + b"/moved")
+    assert joined(watcher.drain())[b"g"] == Kind.CREATED | Kind.LINKED
+    os.rename(top + b"/g", top + b"/h")
+    seen = joined(watcher.drain())
+    assert seen[b"h"] == Kind.MOVED_TO | Kind.LINKED
+    assert Kind.LINKED not in seen[b"g"]
+    touch(top + b"/h")
+    assert joined(watcher.drain()) == {b"h": Kind.MODIFIED}
+
+
 def test_deletion(watch: Watch, top: bytes) -> None:
     touch(top + b"/f")
     watcher = watch(top)

@@ -206,6 +206,9 @@ class Planner:
                 self._index.put(replace(known, mode=-1))
                 hints.append(Hint(root, path, Kind.ATTRIBUTES))
                 continue
+            if known is not None:
+                # If it is gone, what was written through it shows under other names only.
+                hints += [Hint(other.root, other.path, Kind.MODIFIED) for other in self._names_besides(known)]
             self._index.remove(root, path)
             self._index.put(_unknown(root, path))
             hints.append(Hint(root, path, Kind.RESCAN | Kind.MODIFIED))
@@ -419,6 +422,9 @@ class Planner:
             self._unreadable.pop((root, path), None)
             if known is not None:
                 self._remove(batch, known, work)
+            if (known is None or known.kind is _UNKNOWN) and Kind.LINKED in work.item.kind and work.item.path == path:
+                # Of which file it was another name is not known.
+                batch.look_at_all(root, work)
 
     def _remove(self, batch: Batch, known: Known, work: Work) -> None:
         self._look_at_other_names(batch, known, work)
@@ -427,14 +433,16 @@ class Planner:
 
     def _look_at_other_names(self, batch: Batch, lost: Known, work: Work) -> None:
         """A name is lost: what was written through it shows under the other names of the file, unannounced."""
-        if lost.kind is FileKind.DIRECTORY:
-            names = self._index.linked_below(lost.root, lost.path)
-        else:
-            names = [lost] if lost.kind is FileKind.FILE and lost.nlink > 1 else []
+        names = self._index.linked_below(lost.root, lost.path) if lost.kind is FileKind.DIRECTORY else [lost]
         for name in names:
-            for other in self._index.by_inode(name.root, name.dev, name.ino) if name.ino else ():
-                if other.path != name.path:
-                    batch.look(other.root, other.path, Kind.MODIFIED, work)
+            for other in self._names_besides(name):
+                batch.look(other.root, other.path, Kind.MODIFIED, work)
+
+    def _names_besides(self, name: Known) -> list[Known]:
+        """The other names of a file, as far as the index knows them."""
+        if name.kind is not FileKind.FILE or name.nlink < 2 or not name.ino:
+            return []
+        return [other for other in self._index.by_inode(name.root, name.dev, name.ino) if other.path != name.path]
 
     # --- what to tell
 

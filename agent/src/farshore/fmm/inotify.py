@@ -106,6 +106,8 @@ class _Bits(dict[int, int]):
 
 _BITS = _Bits()
 _RESCAN: int = Kind.RESCAN.value
+_LINKED: int = Kind.LINKED.value
+_CAME: int = (Kind.CREATED | Kind.MOVED_TO).value
 #: A directory whose entries changed has a new modification time.
 _PARENT: int = (Kind.MODIFIED | Kind.ATTRIBUTES).value
 
@@ -210,7 +212,8 @@ class InotifyWatcher:
     our own staging files is not.
 
     What inotify cannot tell, so that a periodic scan must: writes through a mapping that is never
-    unmapped; a change through another hard link, which is reported for the name that was used only;
+    unmapped; a change through another hard link that came and went before anybody could look at it (else, such a change
+    is reported for the name that was used only);
     a filesystem mounted over a directory below a root; changes that other machines make on a
     network filesystem.
 
@@ -496,10 +499,21 @@ class InotifyWatcher:
         hints: list[Hint] = []
         for root in self._roots:
             if root.marks:
+                self._note_links(root)
                 index = root.index
                 hints += [Hint(index, path, _kind(bits)) for path, bits in root.marks.items()]
                 root.marks = {}
         return hints
+
+    def _note_links(self, root: _Protected) -> None:
+        """Mark the names that came for files of more than one; here, as later they may be gone."""
+        above = root.path + b"/"
+        for path, bits in root.marks.items():
+            if bits & _CAME and not bits & _RESCAN:
+                with contextlib.suppress(OSError):
+                    status = os.lstat(above + path)
+                    if status.st_nlink > 1 and not stat.S_ISDIR(status.st_mode):
+                        root.marks[path] = bits | _LINKED
 
     def _wait(self, seconds: float) -> set[int]:
         """Wait for events or for ``wake``; the descriptors that are ready."""

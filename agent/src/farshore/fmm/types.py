@@ -21,6 +21,9 @@ class Kind(enum.Flag):
     ATTRIBUTES = enum.auto()
     #: Everything below the path is in doubt: a new directory, an overflow, a resume.
     RESCAN = enum.auto()
+    #: A file that came had other names, too. What is done through this one changes all, and is reported for none of
+    #: them; if this one is gone again before it was looked at, any file may have changed.
+    LINKED = enum.auto()
 
 
 @dataclass(frozen=True, slots=True)
