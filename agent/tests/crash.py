@@ -196,6 +196,7 @@ class Campaign:
                     told = self.result.kills
                     self._say(f"{self.result.seconds:6.0f} s  {told} of {kills} kills, {self.result.rounds} rounds")
             self._check_leftovers()
+            self.result.observed = self._observed()
         except (Failed, FarshoreError, OSError) as error:
             self.result.failures.append(f"round {self.result.rounds}: {error or type(error).__name__}")
         finally:
@@ -274,14 +275,16 @@ class Campaign:
         if torn:
             raise Failed(f"torn files were seen: {torn[:500]}")
 
+    def _observed(self) -> int:
+        counted = self._log("observer").with_suffix(".count")
+        return int(counted.read_text()) if counted.exists() else 0
+
     def _check_leftovers(self) -> None:
-        """Nothing of ours stays in the tree or in the place for staging once all is at rest."""
+        """Nothing of ours stays in the trees once all is at rest."""
         for directory, names, files in os.walk(self.tree("replica")):
             for name in names + files:
                 if name.startswith(".farshore"):
                     raise Failed(f"{directory}/{name} was left behind")
-        counted = self._log("observer").with_suffix(".count")
-        self.result.observed = int(counted.read_text()) if counted.exists() else 0
 
     def _tidy(self) -> None:
         """Keep the tree small enough that a round is short."""
@@ -408,6 +411,7 @@ def observe(tree: Path, torn: Path) -> None:
     """Read the files below ``tree`` for ever; note those that are not whole."""
     seen = 0
     counted = torn.with_name("observer.count")
+    counting = counted.with_suffix(".new")
     while True:
         names: list[os.DirEntry[str]] = []
         with contextlib.suppress(FileNotFoundError):
@@ -418,11 +422,17 @@ def observe(tree: Path, torn: Path) -> None:
             except FileNotFoundError:
                 continue
             seen += 1
-            if blake3.blake3(data[_DIGEST:]).digest() != data[:_DIGEST]:
+            if not is_whole(data):
                 with torn.open("a") as file:
                     file.write(f"{each.path}: {len(data)} bytes\n")
-        counted.write_text(str(seen))
+        counting.write_text(str(seen))
+        counting.replace(counted)
         time.sleep(0.01)
+
+
+def is_whole(data: bytes) -> bool:
+    """Whether these are all bytes of a file that ``write_whole`` made."""
+    return blake3.blake3(data[_DIGEST:]).digest() == data[:_DIGEST]
 
 
 def write_whole(path: Path, body: bytes) -> None:
@@ -438,7 +448,7 @@ def read_whole(path: Path) -> bytes | None:
         data = path.read_bytes()
     except FileNotFoundError:
         return None
-    if blake3.blake3(data[_DIGEST:]).digest() != data[:_DIGEST]:
+    if not is_whole(data):
         raise Failed(f"{path} is torn: {len(data)} bytes")
     return data[_DIGEST:]
 

@@ -309,6 +309,46 @@ def test_what_somebody_changed_at_the_replica_is_not_known(place: Path, same_tim
         replica.finish()
 
 
+def test_leaves_that_are_damaged_are_used_once(place: Path) -> None:
+    (place / "root").mkdir()
+    replica = Replica(place)
+    try:
+        old = os.urandom(5 << 20)
+        assert isinstance(put(replica, 1, old, None), Ack)
+        handle = os.open(place / "root" / "f", os.O_RDONLY)
+        known = replica.applier.leaves.of(handle)
+        os.close(handle)
+        assert known is not None
+        os.pwrite(known.fd, b"damaged", 32 * 1000)
+        known.close()
+        new = changed(old, 5)
+        answer = put(replica, 2, new, old)
+        assert isinstance(answer, Nak)
+        assert answer.unknown_base
+        assert (place / "root" / "f").read_bytes() == old
+        assert isinstance(put(replica, 1, new, old), Ack)
+        assert (place / "root" / "f").read_bytes() == new
+    finally:
+        replica.finish()
+
+
+def test_what_is_kept_behind_what_has_moved(place: Path) -> None:
+    """The clone ends where something has moved; what stays behind that is shared, or copied, all the same."""
+    old, new = place / "old", place / "new"
+    old.write_bytes(os.urandom(64 * PAGE))
+    base = os.open(old, os.O_RDONLY)
+    building = Building(
+        Staged(-1, b"new"), os.open(new, os.O_RDWR | os.O_CREAT), base, sparse=False, check=lambda: None
+    )
+    moved = os.pread(base, PAGE, 2 * PAGE)
+    building.copy(2 * PAGE, moved)
+    assert building.keep(PAGE, 63 * PAGE)
+    whole = moved + old.read_bytes()[PAGE:]
+    building.finish(blake3.blake3(whole).digest())
+    building.close()
+    assert new.read_bytes() == whole
+
+
 @pytest.mark.parametrize("by_copy", [False, True])
 @pytest.mark.parametrize("moment", ["before", "after"])
 def test_a_base_that_changes_as_its_leaves_are_taken(

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from farshore.delta import Applied, Applier, BytesReader, DeltaCorrupt, Leaves, encode_bytes, sign
+from farshore.delta import leaves as leaves_module
 from farshore.delta.leaves import LeafHasher
 
 from .support import examples
@@ -33,6 +34,7 @@ class Keeper:
         self.out = bytearray()
         self.kept = 0
         self.read = 0
+        self.asked = 0
         self._willing = willing
 
     def pread(self, offset: int, length: int, /) -> bytes:
@@ -42,6 +44,7 @@ class Keeper:
 
     def keep(self, offset: int, length: int) -> bool:
         assert offset == len(self.out)
+        self.asked += 1
         if self._willing:
             self.out += self.base[offset : offset + length]
             self.kept += length
@@ -117,8 +120,9 @@ def test_one_changed_page_costs_a_page(content: bytes, leaves: Leaves) -> None:
 
 def test_who_keeps_nothing_is_asked_once(content: bytes, leaves: Leaves) -> None:
     keeper = Keeper(content, willing=False)
-    keeper.apply(encode_bytes(sign(BytesIO(content)), content[:-5]), leaves)
-    assert bytes(keeper.out) == content[:-5]
+    keeper.apply(encode_bytes(sign(BytesIO(content)), edited(content, 3)), leaves)
+    assert bytes(keeper.out) == edited(content, 3)
+    assert keeper.asked == 1
 
 
 def test_leaves_of_something_else_are_not_used(content: bytes, leaves: Leaves) -> None:
@@ -151,6 +155,20 @@ def test_nowhere_to_note_leaves(content: bytes, there: str) -> None:
     assert applier.leaves() is None
     if file is not None:
         os.close(file)
+
+
+def test_leaves_of_too_much_take_no_room(content: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leaves_module, "MOST_BYTES", 32 * (4 << 20 >> 12))
+    file = unnamed()
+    applier = Applier(BytesReader(b""), lambda data: None, notes=lambda: file)
+    delta = encode_bytes(None, content)
+    applier.feed(delta[: 3 << 20])
+    assert os.fstat(file).st_size
+    applier.feed(delta[3 << 20 :])
+    assert applier.finish().digest == blake3(content).digest()
+    assert applier.leaves() is None
+    assert not os.fstat(file).st_size
+    os.close(file)
 
 
 @examples(200)

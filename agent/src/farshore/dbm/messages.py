@@ -13,6 +13,8 @@ import msgspec
 
 #: A file up to this size travels whole within its Put; above it, as an upload.
 INLINE_MAX = 64 << 10
+#: Uploads that may be open at once, until a Patch puts them into place or a Drop ends them.
+MAX_UPLOADS = 16
 
 
 class _Message(msgspec.Struct, frozen=True, tag_field="t", array_like=True, forbid_unknown_fields=True):

@@ -71,7 +71,8 @@ class Planned:
     """A transaction to send. ``frames`` is empty when there is nothing to tell; ``loose`` frames belong to none.
 
     ``changed`` names the paths that it changes on the replica; with ``drastic``, a directory is moved, removed or
-    replaced, so that what is below it changes too. ``ended``: works of which nothing is left to do.
+    replaced, so that what is below it changes too. ``uploads``: numbers of those that it puts into place or ends.
+    ``ended``: works of which nothing is left to do.
     """
 
     seq: int
@@ -81,6 +82,7 @@ class Planned:
     content: int = 0
     changed: set[tuple[int, bytes]] = field(default_factory=set)
     drastic: bool = False
+    uploads: list[int] = field(default_factory=list)
     ended: list[Work] = field(default_factory=list)
 
 
@@ -191,6 +193,7 @@ class Planner:
     def _drop(self, job: Job) -> None:
         if job.number:
             self._plan.loose.append(wire.frame(Drop(job.number)))
+            self._plan.uploads.append(job.number)
 
     def doubt(self, paths: Iterable[tuple[int, bytes]]) -> list[Hint]:
         """Of what the replica has at ``paths`` nothing is certain any more, not even that it has nothing there.
@@ -797,6 +800,7 @@ class Planner:
             self._emit_meta(seen, known)
         elif not job.hash_only:
             self._emit(Patch(root, path, _meta(seen), job.number))
+            self._plan.uploads.append(job.number)
             self._index.set_signature(root, path, content.signature)
         elif not self._copy(seen, content):
             self._have_read(seen, None, False, work)

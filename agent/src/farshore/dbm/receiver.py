@@ -17,6 +17,7 @@ from typing import Protocol, TypeVar
 from farshore.dbm import wire
 from farshore.dbm.blocks import BlockReader, BlockWriter, tune
 from farshore.dbm.messages import (
+    MAX_UPLOADS,
     Ack,
     Begin,
     Chunk,
@@ -54,8 +55,6 @@ CODEC: wire.Codec[FromSource] = wire.Codec(FromSource)
 
 #: Bytes of operations, and of chunks, that may wait for their threads.
 QUEUE_BYTES = 8 << 20
-#: Uploads that may be open at once.
-MAX_UPLOADS = 16
 #: Answers that may wait for a source that does not read them.
 _MOST_ANSWERS = 256
 _ALIVE_SECONDS = 5.0

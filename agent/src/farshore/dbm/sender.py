@@ -606,8 +606,9 @@ class Sender:
                 self._batches.remove(batch)
             if plan.loose or plan.frames:
                 await self.send([*plan.loose, *plan.frames])
+        assert self._uploads is not None
+        self._uploads.ended(plan.uploads)
         for job in planner.new_jobs:
-            assert self._uploads is not None
             self._uploads.add(job)
         planner.new_jobs.clear()
         again, planner.again = planner.again, []

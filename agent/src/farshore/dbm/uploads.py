@@ -12,7 +12,7 @@ import itertools
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol, TypeVar
@@ -22,15 +22,18 @@ import blake3
 from farshore import delta
 from farshore.dbm import wire
 from farshore.dbm.index import Known
-from farshore.dbm.messages import INLINE_MAX, Chunk, Partial, Upload
+from farshore.dbm.messages import INLINE_MAX, MAX_UPLOADS, Chunk, Partial, Upload
 from farshore.dbm.reading import CheckedReader, digest_of
 from farshore.dbm.work import Content, Job
 from farshore.fmm import scanner
 from farshore.fmm.types import FileKind, Root
 
-#: Files up to this size have a slot of their own, so that they need not wait for a file of hours. A larger one is put
-#: into place when the replica has told that all of it is on its disk: no transaction has to wait for that.
+#: Files up to this size have a slot of their own, so that they need not wait for a file of hours. A larger one, and
+#: what comes after it meanwhile, is put into place when the replica has told that all of it is on its disk: no
+#: transaction has to wait for that.
 SMALL = 16 << 20
+_LIMITS = (None, SMALL)
+_SLOTS = len(_LIMITS)
 #: A file that changed while it was read is read again after as long as the reading took, at most so many seconds.
 MAX_REST = 5.0
 #: A file is read when it was left alone for as long as about a fifth of the reading takes, at most QUIET_SECONDS; but
@@ -79,8 +82,11 @@ class Uploads:
         self._jobs: list[Job] = []
         self._changed = asyncio.Event()
         self._building: dict[int, asyncio.Event] = {}
+        # Numbers of those that the replica holds until they are put into place.
+        self._waiting: set[int] = set()
+        self._room = asyncio.Event()
         self._stopped = threading.Event()
-        self._pool = ThreadPoolExecutor(2, thread_name_prefix="upload")
+        self._pool = ThreadPoolExecutor(_SLOTS, thread_name_prefix="upload")
         self._rest: dict[tuple[int, bytes], float] = {}
 
     def add(self, job: Job) -> None:
@@ -96,9 +102,14 @@ class Uploads:
         if number in self._building:
             self._building[number].set()
 
+    def ended(self, numbers: Iterable[int]) -> None:
+        """The replica was told what becomes of these uploads."""
+        self._waiting.difference_update(numbers)
+        self._room.set()
+
     async def run(self) -> None:
         """Work until cancelled; raises what the line raises."""
-        slots = [asyncio.create_task(self._slot(limit)) for limit in (None, SMALL)]
+        slots = [asyncio.create_task(self._slot(limit)) for limit in _LIMITS]
         try:
             await asyncio.gather(*slots)
         finally:
@@ -111,14 +122,10 @@ class Uploads:
     async def _slot(self, limit: int | None) -> None:
         while True:
             job = await self._next(limit)
-            started = time.monotonic()
             try:
                 await self._carry_out(job)
             except OSError as error:
                 job.problem = error
-            if job.content is not None and not job.content.is_settled:
-                ended = time.monotonic()
-                self._rest[job.root, job.path] = ended + min(MAX_REST, ended - started)
             await self._line.done(job)
 
     async def _next(self, limit: int | None) -> Job:
@@ -151,9 +158,15 @@ class Uploads:
         return min(left, job.since + MAX_WAIT - now) if 0 < left <= quiet else 0.0
 
     async def _carry_out(self, job: Job) -> None:
+        started = time.monotonic()
         if job.hash_only:
-            job.content = await self._in_thread(_Reading(self._roots[job.root], job, None, self._stopped).hash)
+            hashing = _Reading(self._roots[job.root], job, None, self._stopped)
+            job.content = self._let_rest(job, await self._in_thread(hashing.hash), started)
             return
+        while len(self._waiting) >= MAX_UPLOADS - _SLOTS:
+            self._room.clear()
+            await self._room.wait()
+        started = time.monotonic()
         reading = None
         async with self._line.between():
             known, blob = await self._line.what_is_known(job)
@@ -167,7 +180,14 @@ class Uploads:
                 # What was asked for is no base for what the replica may have at this path by now.
                 again, _ = await self._line.what_is_known(job)
                 reading = await self._open(job, base if again == known else None)
-        await self._send(job, reading)
+        await self._send(job, reading, started)
+
+    def _let_rest(self, job: Job, content: Content, started: float) -> Content:
+        """Returns ``content``. If the file changed while it was read, just now, it is left alone for a while."""
+        if not content.is_settled:
+            ended = time.monotonic()
+            self._rest[job.root, job.path] = ended + min(MAX_REST, ended - started)
+        return content
 
     async def _open(self, job: Job, base: delta.Signature | None) -> _Reading:
         """Announce the upload, from where an earlier connection left it if that is possible."""
@@ -181,10 +201,11 @@ class Uploads:
             else:
                 reading = _Reading(self._roots[job.root], job, base, self._stopped)
         job.number = next(self._numbers)
+        self._waiting.add(job.number)
         await self._line.send([wire.frame(Upload(job.number, job.root, job.base, based, reading.sparse, skip))])
         return reading
 
-    async def _send(self, job: Job, reading: _Reading) -> None:
+    async def _send(self, job: Job, reading: _Reading, started: float) -> None:
         # One piece is read while the one before it is sent.
         ahead = asyncio.ensure_future(self._in_thread(reading.piece))
         try:
@@ -197,11 +218,13 @@ class Uploads:
                     view = view[size:]
         finally:
             ahead.cancel()
-        content = reading.content
+        assert reading.content is not None
+        content = self._let_rest(job, reading.content, started)
+        others = bool(self._building)
         built = self._building[job.number] = asyncio.Event()
         try:
             await self._line.send([wire.frame(Chunk(job.number, b"", True))])
-            if content is not None and content.length > SMALL:
+            if others or content.length > SMALL:
                 await built.wait()
         finally:
             del self._building[job.number]

@@ -63,9 +63,10 @@ class Applier:
     """Takes a delta in chunks of any size and hands the new content to `write`, in order.
 
     What has been written is right only once :meth:`finish` has returned: until then the caller
-    keeps it where nobody takes it for the real thing. Memory stays below a few MiB, whatever
-    the delta says. `limit`, in bytes, bounds what a delta may produce; a few bytes of it can
-    otherwise ask for any amount. After an error every further call raises DeltaCorrupt.
+    keeps it where nobody takes it for the real thing. Memory stays below a few MiB, and some 55 MB
+    for each TiB of content, whatever the delta says. `limit`, in bytes, bounds what a delta may
+    produce; a few bytes of it can otherwise ask for any amount. After an error every further call
+    raises DeltaCorrupt.
 
     `copy`, if given, is called as ``copy(base_offset, piece)`` in place of ``write(piece)`` for
     what comes from the base, in pieces of at most COPY_PIECE bytes; a destination that shares
@@ -77,7 +78,8 @@ class Applier:
     ``keep(offset, length)`` is called before whole blocks that are to be copied from `offset` of
     the base to `offset` of the new content; if it returns True it has seen to them, and they are
     neither read nor written, else it is not asked again; the base must not have changed since
-    `known` was made. `notes` is an open, empty file that takes the leaves of the new content: see :meth:`leaves`.
+    `known` was made. `notes` is called once, for an open, empty file that takes the leaves of the
+    new content, or None: see :meth:`leaves`.
     """
 
     def __init__(
@@ -148,11 +150,12 @@ class Applier:
         return Applied(length, digest)
 
     def leaves(self) -> Leaves | None:
-        """After :meth:`finish`: the leaves of the new content, in the file from `notes`, which
+        """After :meth:`finish`, once: the leaves of the new content, in the file from `notes`, which
         becomes theirs; None when there are few, or they could not be noted."""
-        if self.header is None or self._expected is None or self._whole.noted is None:
+        file, self._whole.noted = self._whole.noted, None
+        if self.header is None or self._expected is None or file is None:
             return None
-        return Leaves(self._whole.noted, self.header.block_size, *self._expected)
+        return Leaves(file, self.header.block_size, *self._expected)
 
     def _check_usable(self) -> None:
         if self._broken:

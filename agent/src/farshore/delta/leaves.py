@@ -1,12 +1,13 @@
 """Digests of content of which most is known: the leaves of its BLAKE3 tree, block by block, kept in a file.
 
 Who keeps them beside content that was verified once can tell the digest of a changed version from the blocks that
-changed alone. They are no secret and need no trust: unless they give the digest that the content is known to have,
-they are not its leaves.
+changed alone. Nothing wrong can come of leaves that are damaged: the digest that they give is compared with the one
+that the changed version is known to have.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +23,8 @@ from farshore.delta.vectors import LANES
 
 #: Bytes of a chaining value.
 _CV = 32
+#: Leaves of so many bytes are not noted: those of 32 GiB in blocks of 4 KiB.
+MOST_BYTES = 256 << 20
 _NO_SUMS: Sums = np.empty(0, np.uint32)
 
 
@@ -68,8 +71,8 @@ class LeafHasher:
     """The BLAKE3-256 of content that comes in order: as bytes, or as blocks whose leaves are known.
 
     `notes` is called once, when a window of 2 MiB has come, for a file that takes the leaves of all of it, not to be
-    closed by this object. Where there is none, or it cannot take them (a full disk), `noted` is None, and the digest
-    is the same.
+    closed by this object. Where there is none, or it cannot take them (a full disk, more than MOST_BYTES), `noted` is
+    None, the file is empty, and the digest is the same.
     """
 
     def __init__(self, block_size: int, notes: Callable[[], int | None] | None = None) -> None:
@@ -111,7 +114,8 @@ class LeafHasher:
                 at = end
 
     def can_repeat(self) -> bool:
-        """Whether blocks may follow by their leaves: at the end of any block but the first."""
+        """Whether blocks may follow by their leaves: at the end of any block. Not at the beginning, as content of a
+        single block has no leaf."""
         return self.length > 0 and self.length % self._size == 0
 
     def repeat(self, known: Leaves, blocks: int) -> None:
@@ -156,13 +160,16 @@ class LeafHasher:
 
     def _flush(self) -> None:
         if self.noted is not None and not self._note(self.noted, self._cvs[: self._row].tobytes()):
+            with contextlib.suppress(OSError):
+                os.ftruncate(self.noted, 0)
             self.noted = None
         self._top.add(self._cvs, self._row)
         self._before += self._row
         self._row = 0
 
     def _note(self, file: int, cvs: bytes) -> bool:
+        at = self._before * _CV
         try:
-            return os.pwrite(file, cvs, self._before * _CV) == len(cvs)
+            return at + len(cvs) <= MOST_BYTES and os.pwrite(file, cvs, at) == len(cvs)
         except OSError:
             return False

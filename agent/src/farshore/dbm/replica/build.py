@@ -103,7 +103,7 @@ class Building:
         """Append what the base has at the same ``offset`` without having seen it; False when that cannot be done."""
         self._check()
         assert offset == self._at
-        if not (self._is_there(offset, length) or self._copy_range(length)):
+        if not (self._is_there(offset, length) or self._clone_range(offset, length) or self._copy_range(length)):
             return False
         self._copied = self._kept = True
         self._at += length

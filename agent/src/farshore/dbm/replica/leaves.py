@@ -16,7 +16,7 @@ from pathlib import Path
 
 from farshore.delta import Leaves
 
-#: Files whose leaves are kept at once, and their bytes (8 for each KiB of content).
+#: Files whose leaves are kept at once, and their bytes (8 for each KiB of content in blocks of 4 KiB).
 MOST_FILES = 64
 MOST_BYTES = 1 << 30
 
@@ -85,6 +85,11 @@ class LeafStore:
                 return kept.leaves.duplicate()
             except OSError:
                 return None
+
+    def forget(self, status: os.stat_result) -> None:
+        """The leaves of this file are of no use any more."""
+        with self._lock:
+            self._drop(_key(status))
 
     def close(self) -> None:
         """Give all files back."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
+from functools import partial
 
 import blake3
 
@@ -45,6 +46,7 @@ class Upload:
         self._building: Building | None = None
         self._applier: delta.Applier | None = None
         self._known: delta.Leaves | None = None
+        self._forget_known: Callable[[], None] = _do_nothing
         self._notes: int | None = None
         self._leaves: delta.Leaves | None = None
         self._hasher = blake3.blake3()
@@ -78,6 +80,8 @@ class Upload:
             build = Building(staged, handle, base, sparse=self.sparse, check=self._check)
             # Only now: a change of the base from here on is noticed when the building is finished.
             self._known = None if base is None else store.of(base)
+            if base is not None and self._known is not None:
+                self._forget_known = partial(store.forget, os.fstat(base))
         except BaseException:
             os.close(handle)
             if base is not None:
@@ -103,18 +107,26 @@ class Upload:
         assert self._building is not None
         assert self._applier is not None
         self._broken = True
-        if data:
-            self._applier.feed(data)
-            self._hasher.update(data)
-            self.received += len(data)
-            self._check_base(len(data))
+        try:
+            if data:
+                self._applier.feed(data)
+                self._hasher.update(data)
+                self.received += len(data)
+                self._check_base(len(data))
+            if last and not self._whole:
+                applied = self._applier.finish()
+                self._building.finish(applied.digest)
+                self._building.sync()
+        except (delta.DeltaCorrupt, OSError):
+            # Were they to blame, the next attempt would end alike.
+            self._forget_known()
+            raise
         if last and not self._whole:
-            applied = self._applier.finish()
-            self._building.finish(applied.digest)
-            self._building.sync()
             self._leaves = self._applier.leaves()
             if self._leaves is not None:
                 self._notes = None
+                # The base is about to be replaced.
+                self._forget_known()
             self._whole = True
         self.complete = last
         self._broken = False
@@ -169,6 +181,10 @@ class Upload:
         size = os.fstat(base).st_size
         if header.base_length is not None and header.base_length != size:
             raise delta.DeltaCorrupt(f"it was made for a file of {header.base_length} bytes, there are {size}")
+
+
+def _do_nothing() -> None:
+    pass
 
 
 #: A delta's header is shorter.
