@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from nodes import until
 
 from farshore.dbm import uploads
 from farshore.dbm.index import Known
@@ -59,12 +60,6 @@ class Line:
         return [message.upload for message in self.sent if isinstance(message, Chunk) and message.last]
 
 
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(60):
-        while not condition():  # noqa: ASYNC110
-            await asyncio.sleep(0.001)
-
-
 @contextlib.asynccontextmanager
 async def running(tree: Path) -> AsyncIterator[tuple[Line, Uploads]]:
     """Uploads of the files below ``tree``, at work."""
@@ -92,12 +87,12 @@ def test_no_more_are_open_than_the_replica_takes(tmp_path: Path) -> None:
             most = MAX_UPLOADS - 2
             for number in range(2 * most):
                 under_test.add(job(tmp_path, f"f{number}", 70_000))
-            await until(lambda: len(line.finished) >= most)
+            await until(lambda: len(line.finished) >= most, "as many are sent as may be")
             await asyncio.sleep(0.2)
             assert len(line.opened) <= MAX_UPLOADS
             for number in range(1, most + 1):
                 under_test.ended([number])
-            await until(lambda: len(line.finished) == 2 * most)
+            await until(lambda: len(line.finished) == 2 * most, "the others follow")
 
     asyncio.run(run())
 
@@ -110,17 +105,17 @@ def test_what_follows_a_large_file_waits_for_its_own_turn(tmp_path: Path, monkey
         async with running(tmp_path) as (line, under_test):
             large, small = job(tmp_path, "large", 2 << 20), job(tmp_path, "small", 70_000)
             under_test.add(large)
-            await until(lambda: line.told == [1])
+            await until(lambda: line.told == [1], "the large one is sent")
             under_test.add(small)
-            await until(lambda: line.told == [1, 2])
+            await until(lambda: line.told == [1, 2], "the small one is sent")
             await asyncio.sleep(0.05)
             assert not line.finished
             under_test.uploaded(1)
-            await until(lambda: line.finished == [large])
+            await until(lambda: line.finished == [large], "the large one is done")
             assert small.content is None
             under_test.uploaded(2)
-            await until(lambda: line.finished == [large, small])
+            await until(lambda: line.finished == [large, small], "the small one is done")
             under_test.add(job(tmp_path, "alone", 70_000))
-            await until(lambda: len(line.finished) == 3)
+            await until(lambda: len(line.finished) == 3, "the one that comes alone is done")
 
     asyncio.run(run())

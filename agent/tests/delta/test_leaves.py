@@ -158,7 +158,7 @@ def test_nowhere_to_note_leaves(content: bytes, there: str) -> None:
 
 
 def test_leaves_of_too_much_take_no_room(content: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(leaves_module, "MOST_BYTES", 32 * (4 << 20 >> 12))
+    monkeypatch.setattr(leaves_module, "MOST_NOTED", 32 * (4 << 20 >> 12))
     file = unnamed()
     applier = Applier(BytesReader(b""), lambda data: None, notes=lambda: file)
     delta = encode_bytes(None, content)

@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+
+from nodes import until
 
 from farshore.config import Check, MonitorGroup, NodeRef, Service
 from farshore.smm.monitor import Monitor
@@ -36,12 +37,6 @@ def group(*ports: Port) -> MonitorGroup:
     )
 
 
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
-        while not condition():  # noqa: ASYNC110 - what is waited for has no event
-            await asyncio.sleep(0.005)
-
-
 async def test_the_verdict_follows_the_services_and_wakes_whoever_decides() -> None:
     one, two = Port(), Port()
     await one.open()
@@ -54,23 +49,23 @@ async def test_the_verdict_follows_the_services_and_wakes_whoever_decides() -> N
     assert monitor.verdict is None and [s.detail for s in monitor.services()] == ["not asked yet"] * 2
     task = asyncio.create_task(monitor.run())
     try:
-        await until(lambda: monitor.verdict is True)
+        await until(lambda: monitor.verdict is True, "the services answer")
         assert await monitor.ask("local") == (True, "answers")
         assert not doubts and monitor.detail == ""
         await two.close()
-        await until(lambda: monitor.verdict is False)
+        await until(lambda: monitor.verdict is False, "a service has failed")
         assert doubts == [True]
         assert "81/tcp" in monitor.detail and "80/tcp" not in monitor.detail
         ok, detail = await monitor.ask("local")
         assert not ok and detail.startswith("81/tcp: ")
         assert [s.healthy for s in monitor.services()] == [True, False]
         await two.open()
-        await until(lambda: monitor.verdict is True)
+        await until(lambda: monitor.verdict is True, "it answers again")
         assert verdicts == [True, False, True]
         assert (await monitor.ask("remote"))[0] is False, "nothing listens on the backup's address"
         monitor.reset()
         assert monitor.verdict is None
-        await until(lambda: monitor.verdict is True)
+        await until(lambda: monitor.verdict is True, "it is asked anew")
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)

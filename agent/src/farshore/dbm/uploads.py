@@ -158,15 +158,13 @@ class Uploads:
         return min(left, job.since + MAX_WAIT - now) if 0 < left <= quiet else 0.0
 
     async def _carry_out(self, job: Job) -> None:
-        started = time.monotonic()
         if job.hash_only:
             hashing = _Reading(self._roots[job.root], job, None, self._stopped)
-            job.content = self._let_rest(job, await self._in_thread(hashing.hash), started)
+            job.content = self._let_rest(job, await self._in_thread(hashing.hash))
             return
         while len(self._waiting) >= MAX_UPLOADS - _SLOTS:
             self._room.clear()
             await self._room.wait()
-        started = time.monotonic()
         reading = None
         async with self._line.between():
             known, blob = await self._line.what_is_known(job)
@@ -180,13 +178,13 @@ class Uploads:
                 # What was asked for is no base for what the replica may have at this path by now.
                 again, _ = await self._line.what_is_known(job)
                 reading = await self._open(job, base if again == known else None)
-        await self._send(job, reading, started)
+        await self._send(job, reading)
 
-    def _let_rest(self, job: Job, content: Content, started: float) -> Content:
+    def _let_rest(self, job: Job, content: Content) -> Content:
         """Returns ``content``. If the file changed while it was read, just now, it is left alone for a while."""
         if not content.is_settled:
-            ended = time.monotonic()
-            self._rest[job.root, job.path] = ended + min(MAX_REST, ended - started)
+            took = (time.time_ns() - content.started_ns) / 1e9
+            self._rest[job.root, job.path] = time.monotonic() + min(MAX_REST, took)
         return content
 
     async def _open(self, job: Job, base: delta.Signature | None) -> _Reading:
@@ -205,7 +203,7 @@ class Uploads:
         await self._line.send([wire.frame(Upload(job.number, job.root, job.base, based, reading.sparse, skip))])
         return reading
 
-    async def _send(self, job: Job, reading: _Reading, started: float) -> None:
+    async def _send(self, job: Job, reading: _Reading) -> None:
         # One piece is read while the one before it is sent.
         ahead = asyncio.ensure_future(self._in_thread(reading.piece))
         try:
@@ -219,7 +217,7 @@ class Uploads:
         finally:
             ahead.cancel()
         assert reading.content is not None
-        content = self._let_rest(job, reading.content, started)
+        content = self._let_rest(job, reading.content)
         others = bool(self._building)
         built = self._building[job.number] = asyncio.Event()
         try:

@@ -24,7 +24,7 @@ from farshore.delta.vectors import LANES
 #: Bytes of a chaining value.
 _CV = 32
 #: Leaves of so many bytes are not noted: those of 32 GiB in blocks of 4 KiB.
-MOST_BYTES = 256 << 20
+MOST_NOTED = 256 << 20
 _NO_SUMS: Sums = np.empty(0, np.uint32)
 
 
@@ -71,7 +71,7 @@ class LeafHasher:
     """The BLAKE3-256 of content that comes in order: as bytes, or as blocks whose leaves are known.
 
     `notes` is called once, when a window of 2 MiB has come, for a file that takes the leaves of all of it, not to be
-    closed by this object. Where there is none, or it cannot take them (a full disk, more than MOST_BYTES), `noted` is
+    closed by this object. Where there is none, or it cannot take them (a full disk, more than MOST_NOTED), `noted` is
     None, the file is empty, and the digest is the same.
     """
 
@@ -170,6 +170,6 @@ class LeafHasher:
     def _note(self, file: int, cvs: bytes) -> bool:
         at = self._before * _CV
         try:
-            return at + len(cvs) <= MOST_BYTES and os.pwrite(file, cvs, at) == len(cvs)
+            return at + len(cvs) <= MOST_NOTED and os.pwrite(file, cvs, at) == len(cvs)
         except OSError:
             return False

@@ -46,7 +46,8 @@ class Upload:
         self._building: Building | None = None
         self._applier: delta.Applier | None = None
         self._known: delta.Leaves | None = None
-        self._forget_known: Callable[[], None] = _do_nothing
+        # Has the store forget the leaves of the base.
+        self._forget_known: Callable[[], None] = lambda: None
         self._notes: int | None = None
         self._leaves: delta.Leaves | None = None
         self._hasher = blake3.blake3()
@@ -114,20 +115,18 @@ class Upload:
                 self.received += len(data)
                 self._check_base(len(data))
             if last and not self._whole:
-                applied = self._applier.finish()
-                self._building.finish(applied.digest)
+                self._building.finish(self._applier.finish().digest)
                 self._building.sync()
+                self._leaves = self._applier.leaves()
+                self._whole = True
+                if self._leaves is not None:
+                    self._notes = None
+                    # The base is about to be replaced.
+                    self._forget_known()
         except (delta.DeltaCorrupt, OSError):
-            # Were they to blame, the next attempt would end alike.
+            # Were its leaves to blame, the next attempt would end alike.
             self._forget_known()
             raise
-        if last and not self._whole:
-            self._leaves = self._applier.leaves()
-            if self._leaves is not None:
-                self._notes = None
-                # The base is about to be replaced.
-                self._forget_known()
-            self._whole = True
         self.complete = last
         self._broken = False
 
@@ -181,10 +180,6 @@ class Upload:
         size = os.fstat(base).st_size
         if header.base_length is not None and header.base_length != size:
             raise delta.DeltaCorrupt(f"it was made for a file of {header.base_length} bytes, there are {size}")
-
-
-def _do_nothing() -> None:
-    pass
 
 
 #: A delta's header is shorter.
