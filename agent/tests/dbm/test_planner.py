@@ -488,6 +488,35 @@ def test_a_link_that_came_and_went_unseen(source: Source) -> None:
     assert sorted(paths_of(sent, Put)) == [b"a", b"b"]
 
 
+def test_a_link_that_came_and_went_under_a_name_that_is_known(source: Source) -> None:
+    (source.tree / "a").write_bytes(b"old")
+    (source.tree / "b").write_bytes(b"another file")
+    source.tell()
+    (source.tree / "b").unlink()
+    os.link(source.tree / "a", source.tree / "b")
+    (source.tree / "b").write_bytes(b"new")
+    (source.tree / "b").unlink()
+    sent = source.tell(Hint(0, b"b", Kind.CREATED | Kind.MODIFIED | Kind.DELETED | Kind.LINKED))
+    assert paths_of(sent, Put) == [b"a"]
+    assert paths_of(sent, Remove) == [b"b"]
+
+
+def test_a_link_in_doubt_has_the_file_that_it_names_looked_at(source: Source) -> None:
+    """The index may have forgotten the new name, and with it whose it was."""
+    (source.tree / "a").write_bytes(b"old")
+    source.tell()
+    os.link(source.tree / "a", source.tree / "b")
+    assert paths_of(source.tell(Hint(0, b"b", Kind.CREATED)), Link) == [b"b"]
+    changed = set(source.last.changed)
+    source.index.begin()
+    source.index.remove(0, b"b")
+    (source.tree / "b").write_bytes(b"new")
+    (source.tree / "b").unlink()
+    hints = source.planner.doubt(changed)
+    source.index.commit()
+    assert paths_of(source.tell(*hints), Put) == [b"a"]
+
+
 def test_the_other_names_of_what_is_in_doubt_are_looked_at(source: Source) -> None:
     (source.tree / "a").write_bytes(b"old")
     os.link(source.tree / "a", source.tree / "b")

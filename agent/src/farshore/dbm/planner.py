@@ -425,8 +425,8 @@ class Planner:
             self._unreadable.pop((root, path), None)
             if known is not None:
                 self._remove(batch, known, work)
-            if (known is None or known.kind is _UNKNOWN) and Kind.LINKED in work.item.kind and work.item.path == path:
-                # Of which file it was another name is not known.
+            if Kind.LINKED in work.item.kind and work.item.path == path:
+                # Of which file it was another name is not known; what is known of the name may be older.
                 batch.look_at_all(root, work)
 
     def _remove(self, batch: Batch, known: Known, work: Work) -> None:
@@ -464,6 +464,9 @@ class Planner:
             self._note_drastic(root, operation.to)
         elif isinstance(operation, Remove):
             self._note_drastic(root, operation.path)
+        elif isinstance(operation, Link):
+            # If it is in doubt, what was written through the new name shows under this one.
+            self._plan.changed.add((root, operation.to))
 
     def _touch(self, root: int, path: bytes) -> None:
         self._plan.changed.add((root, path))
