@@ -531,6 +531,26 @@ def test_the_other_names_of_what_is_in_doubt_are_looked_at(source: Source) -> No
     assert paths_of(sent, Remove) == [b"b"]
 
 
+def test_two_large_files_that_got_each_others_inodes(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is looked at because of the other; both are read once."""
+    monkeypatch.setattr(planning, "LOOK_SECONDS", 0.001)
+    for name in ("a", "b"):
+        (source.tree / name).write_bytes(os.urandom(LARGE))
+    source.tell()
+    source.jobs.clear()
+    (source.tree / "a").rename(source.tree / "c")
+    (source.tree / "b").rename(source.tree / "a")
+    (source.tree / "c").rename(source.tree / "b")
+    for name in ("a", "b"):
+        with (source.tree / name).open("r+b") as file:
+            file.write(name.encode())
+    time.sleep(0.03)
+    sent = source.tell()
+    assert sorted(source.jobs) == [b"a", b"b"]
+    assert sorted(paths_of(sent, Patch)) == [b"a", b"b"]
+    assert not source.tell()
+
+
 def test_a_directory_replaced_is_drastic(source: Source) -> None:
     (source.tree / "d").mkdir()
     source.tell()

@@ -153,6 +153,7 @@ class Planner:
         """The batch that tells of a file that was read, and looks once more for all who waited for it."""
         batch = Batch(list(job.works))
         for work in reversed(job.works):
+            # The first of them takes up what was read; the others need it only if it has changed since.
             batch.look(job.root, job.path, Kind.RESCAN if work is not job.works[0] else Kind.MODIFIED, work)
             work.left -= 1  # that it waited for the job
         self._held.pop((job.root, job.base), None)
@@ -646,7 +647,9 @@ class Planner:
                 continue
             if self._is_inode(root, old.path, seen.dev, seen.ino):
                 continue
-            batch.vanish(root, old.path, work)
+            if (root, old.path) not in self._jobs:
+                # Who is being read is looked at afterwards; two files that got each other's inodes would wait in turns.
+                batch.vanish(root, old.path, work)
             if readable and seen.kind is FileKind.FILE and not _is_current(old, seen):
                 if 2 * old.size >= seen.size > INLINE_MAX:
                     self._base = old.path
@@ -812,10 +815,12 @@ class Planner:
 
     def _have_read(self, seen: Observed, job: Job | None, hash_only: bool, work: Work) -> None:
         """Have a file read; when that is under way already, ``work`` is looked at once more afterwards."""
-        work.left += 1
         if job is not None:
-            job.works.append(work)
+            if work not in job.works:
+                work.left += 1
+                job.works.append(work)
             return
+        work.left += 1
         key = seen.root, seen.path
         job = self._jobs[key] = Job(*key, seen.size, [work], hash_only and not self._base, self._base or seen.path)
         if self._base:
