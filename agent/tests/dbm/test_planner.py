@@ -42,9 +42,14 @@ from farshore.dbm.work import Batch, Job, Work
 from farshore.errors import NotInTime, ProtocolError
 from farshore.fmm import scanner
 from farshore.fmm.dirty import Dirty
-from farshore.fmm.types import FileKind, Hint, Kind, Root
+from farshore.fmm.types import FileKind, Hint, Inode, Kind, Root
 
 CODEC: Codec[FromSource] = Codec(FromSource)
+
+
+def inode_of(path: Path) -> Inode:
+    status = path.stat()
+    return status.st_dev, status.st_ino
 
 
 class Source:
@@ -82,7 +87,10 @@ class Source:
     def tell(self, *hints: Hint) -> list[FromSource]:
         """All that is sent for the hints; a rescan of everything when there are none."""
         hints = hints or (Hint(0, b"", Kind.RESCAN),)
-        items = [Dirty(hint.root, hint.path, hint.kind, 0, number) for number, hint in enumerate(hints)]
+        items = [
+            Dirty(hint.root, hint.path, hint.kind, 0, number, frozenset([hint.inode] if hint.inode else []))
+            for number, hint in enumerate(hints)
+        ]
         batch = Batch.of(items)
         works = list(batch.works)
         self.ended.clear()
@@ -484,8 +492,30 @@ def test_a_link_that_came_and_went_unseen(source: Source) -> None:
         (source.tree / f"{name}2").unlink()
     kind = Kind.CREATED | Kind.MODIFIED | Kind.DELETED
     assert not source.tell(Hint(0, b"a2", kind), Hint(0, b"b2", kind))
-    sent = source.tell(Hint(0, b"a2", kind | Kind.LINKED), Hint(0, b"b2", kind | Kind.LINKED))
+    sent = source.tell(
+        *(Hint(0, name + b"2", kind, inode_of(source.tree / os.fsdecode(name))) for name in (b"a", b"b"))
+    )
     assert sorted(paths_of(sent, Put)) == [b"a", b"b"]
+    # Nothing else was looked at.
+    assert source.planner.looked_at < 15
+
+
+@pytest.mark.parametrize("kind", [Kind.MODIFIED, Kind.CREATED | Kind.MOVED_TO])
+def test_a_link_that_gave_its_name_to_another_file(source: Source, kind: Kind) -> None:
+    (source.tree / "a").write_bytes(b"old")
+    (source.tree / "b").write_bytes(b"was a link to a for a moment")
+    source.tell()
+    (source.tree / "a").write_bytes(b"new")
+    assert paths_of(source.tell(Hint(0, b"b", kind, inode_of(source.tree / "a"))), Put) == [b"a"]
+
+
+def test_a_link_that_gave_its_name_to_a_directory(source: Source) -> None:
+    (source.tree / "a").write_bytes(b"old")
+    source.tell()
+    (source.tree / "a").write_bytes(b"new")
+    (source.tree / "b").mkdir()
+    sent = source.tell(Hint(0, b"b", Kind.CREATED | Kind.RESCAN, inode_of(source.tree / "a")))
+    assert paths_of(sent, Put) == [b"a"]
 
 
 def test_a_link_that_came_and_went_under_a_name_that_is_known(source: Source) -> None:
@@ -496,7 +526,8 @@ def test_a_link_that_came_and_went_under_a_name_that_is_known(source: Source) ->
     os.link(source.tree / "a", source.tree / "b")
     (source.tree / "b").write_bytes(b"new")
     (source.tree / "b").unlink()
-    sent = source.tell(Hint(0, b"b", Kind.CREATED | Kind.MODIFIED | Kind.DELETED | Kind.LINKED))
+    kind = Kind.CREATED | Kind.MODIFIED | Kind.DELETED
+    sent = source.tell(Hint(0, b"b", kind, inode_of(source.tree / "a")))
     assert paths_of(sent, Put) == [b"a"]
     assert paths_of(sent, Remove) == [b"b"]
 

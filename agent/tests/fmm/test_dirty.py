@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from farshore.fmm import Dirty, DirtySet, Hint, Kind
+from farshore.fmm.dirty import MOST_INODES
 
 
 def hint(path: bytes, kind: Kind = Kind.MODIFIED, root: int = 0) -> Hint:
@@ -28,6 +29,27 @@ def test_coalesces_and_keeps_the_first_age() -> None:
     assert (second.path, second.since) == (b"b", 2.0)
     assert (third.root, third.since) == (1, 3.0)
     assert first.mark_no < second.mark_no < third.mark_no < dirty.next_mark()
+
+
+def test_the_files_behind_a_name_are_remembered() -> None:
+    dirty = DirtySet()
+    dirty.mark([Hint(0, b"a", Kind.CREATED, (1, 10)), hint(b"b")], 1.0)
+    dirty.mark([hint(b"a"), Hint(0, b"a", Kind.MODIFIED, (1, 11))], 2.0)
+    first, second = dirty.take(10)
+    assert (first.inodes, second.inodes) == ({(1, 10), (1, 11)}, frozenset())
+    dirty.mark([Hint(0, b"a", Kind.CREATED, (1, 12))], 3.0)
+    dirty.restore([first, second])
+    assert {item.path: len(item.inodes) for item in dirty.take(10)} == {b"a": 3, b"b": 0}
+
+
+def test_too_many_files_behind_a_name_put_all_in_doubt() -> None:
+    dirty = DirtySet()
+    dirty.mark([Hint(2, b"a", Kind.CREATED, (1, number)) for number in range(MOST_INODES)], 1.0)
+    assert dirty.count() == 1
+    dirty.mark([Hint(2, b"a", Kind.CREATED, (1, 100))], 2.0)
+    above, item = dirty.take(10)
+    assert (above.root, above.path, above.kind, above.since) == (2, b"", Kind.RESCAN, 2.0)
+    assert (item.path, item.since, item.inodes) == (b"a", 1.0, frozenset())
 
 
 def test_what_is_in_flight_still_counts_until_it_is_settled() -> None:

@@ -318,6 +318,8 @@ class Planner:
             self._look_at_root(batch, root, kind, work)
             return
         status = self._lstat(root, path)
+        if work.item.inodes:
+            self._look_behind(batch, root, path, status, work)
         if status is None:
             batch.vanish(root, path, work)
             return
@@ -412,6 +414,8 @@ class Planner:
     def _gone(self, batch: Batch, root: int, path: bytes, work: Work) -> None:
         known = self._index.get(root, path)
         seen = self._observe(root, path)
+        if work.item.inodes:
+            self._look_behind(batch, root, path, None, work)
         if seen is not None:
             batch.look(root, path, Kind.RESCAN, work)
         elif not path:
@@ -426,9 +430,6 @@ class Planner:
             self._unreadable.pop((root, path), None)
             if known is not None:
                 self._remove(batch, known, work)
-            if Kind.LINKED in work.item.kind and work.item.path == path:
-                # Of which file it was another name is not known; what is known of the name may be older.
-                batch.look_at_all(root, work)
 
     def _remove(self, batch: Batch, known: Known, work: Work) -> None:
         self._look_at_other_names(batch, known, work)
@@ -441,6 +442,19 @@ class Planner:
         for name in names:
             for other in self._names_besides(name):
                 batch.look(other.root, other.path, Kind.MODIFIED, work)
+
+    def _look_behind(self, batch: Batch, root: int, path: bytes, status: os.stat_result | None, work: Work) -> None:
+        """Look at the files that had the path as another name of theirs, and have not any more."""
+        item = work.item
+        if (item.root, item.path) != (root, path):
+            return
+        for dev, ino in item.inodes:
+            if status is not None and (status.st_dev, status.st_ino) == (dev, ino):
+                continue
+            for number in range(len(self._roots)):
+                for other in self._index.by_inode(number, dev, ino):
+                    if (number, other.path) != (root, path):
+                        batch.look(number, other.path, Kind.MODIFIED, work)
 
     def _names_besides(self, name: Known) -> list[Known]:
         """The other names of a file, as far as the index knows them."""

@@ -81,8 +81,6 @@ class Batch:
     walks: list[tuple[int, bytes, Work]] = field(default_factory=list)
     todo: list[tuple[int, bytes, Kind, Work]] = field(default_factory=list)
     vanished: list[tuple[int, bytes, Work]] = field(default_factory=list)
-    #: Roots below which everything was looked at.
-    _all: set[int] = field(default_factory=set)
 
     @classmethod
     def of(cls, items: list[Dirty]) -> Batch:
@@ -107,12 +105,6 @@ class Batch:
         if not self.walks or self.walks[-1] != (root, path, work):
             work.left += 1
             self.walks.append((root, path, work))
-
-    def look_at_all(self, root: int, work: Work) -> None:
-        """Look at everything below a root, unless this batch has done so."""
-        if root not in self._all:
-            self._all.add(root)
-            self.walk(root, b"", work)
 
     def vanish(self, root: int, path: bytes, work: Work) -> None:
         """Nothing was at ``path``: if that is still so when all else was looked at, it is gone."""

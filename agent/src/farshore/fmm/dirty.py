@@ -8,29 +8,36 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from farshore.fmm.types import Hint, Kind
+from farshore.fmm.types import Hint, Inode, Kind
 
 _Key = tuple[int, bytes]
+#: So many files of several names are remembered for one path; after that everything below its root is in doubt.
+MOST_INODES = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Dirty:
-    """One path to look at. ``since`` and ``mark_no`` are those of its first mark since it was last taken."""
+    """One path to look at. ``since`` and ``mark_no`` are those of its first mark since it was last taken.
+
+    ``inodes`` are those of the hints.
+    """
 
     root: int
     path: bytes
     kind: Kind
     since: float
     mark_no: int
+    inodes: frozenset[Inode] = frozenset()
 
 
 class _Entry:
-    __slots__ = ("bits", "mark_no", "since")
+    __slots__ = ("bits", "inodes", "mark_no", "since")
 
     def __init__(self, bits: int, since: float, mark_no: int) -> None:
         self.bits = bits
         self.since = since
         self.mark_no = mark_no
+        self.inodes: frozenset[Inode] = frozenset()
 
 
 class DirtySet:
@@ -61,20 +68,14 @@ class DirtySet:
         """Remember ``hints``, marked at ``now``."""
         with self._changed:
             now = self._latest = max(now, self._latest)
-            dirty = self._dirty
             for hint in hints:
-                key = (hint.root, hint.path)
-                number = self._next
-                self._next = number + 1
-                entry = dirty.get(key)
-                if entry is not None:
-                    entry.bits |= hint.kind.value
-                    continue
-                dirty[key] = _Entry(hint.kind.value, now, number)
-                self._alive[number] = now
-                self._order.append(number)
-                heapq.heappush(self._queue, (number, key))
-            if dirty:
+                entry = self._entry((hint.root, hint.path), hint.kind, now)
+                if hint.inode is not None:
+                    entry.inodes |= {hint.inode}
+                    if len(entry.inodes) > MOST_INODES:
+                        entry.inodes = frozenset()
+                        self._entry((hint.root, b""), Kind.RESCAN, now)
+            if self._dirty:
                 self._changed.notify_all()
 
     def take(self, limit: int) -> list[Dirty]:
@@ -115,6 +116,7 @@ class DirtySet:
                     del self._alive[max(entry.mark_no, item.mark_no)]
                     entry.mark_no = min(entry.mark_no, item.mark_no)
                 heapq.heappush(self._queue, (entry.mark_no, key))
+                entry.inodes |= item.inodes
             self._tidy()
             if self._dirty:
                 self._changed.notify_all()
@@ -162,6 +164,20 @@ class DirtySet:
         with self._changed:
             return self._changed.wait_for(lambda: bool(self._dirty), timeout)
 
+    def _entry(self, key: _Key, kind: Kind, now: float) -> _Entry:
+        """Mark a path; every mark uses up a number."""
+        number = self._next
+        self._next = number + 1
+        entry = self._dirty.get(key)
+        if entry is not None:
+            entry.bits |= kind.value
+            return entry
+        entry = self._dirty[key] = _Entry(kind.value, now, number)
+        self._alive[number] = now
+        self._order.append(number)
+        heapq.heappush(self._queue, (number, key))
+        return entry
+
     def _lowest(self) -> int | None:
         order = self._order
         while order and order[0] not in self._alive:
@@ -189,6 +205,6 @@ class DirtySet:
 
     def _launch(self, key: _Key) -> Dirty:
         entry = self._dirty.pop(key)
-        item = Dirty(key[0], key[1], Kind(entry.bits), entry.since, entry.mark_no)
+        item = Dirty(key[0], key[1], Kind(entry.bits), entry.since, entry.mark_no, entry.inodes)
         self._flight[item.mark_no] = item
         return item

@@ -106,8 +106,7 @@ class _Bits(dict[int, int]):
 
 _BITS = _Bits()
 _RESCAN: int = Kind.RESCAN.value
-_LINKED: int = Kind.LINKED.value
-_CAME: int = (Kind.CREATED | Kind.MOVED_TO).value
+_NAMED: int = (Kind.CREATED | Kind.MOVED_TO | Kind.MODIFIED).value
 #: A directory whose entries changed has a new modification time.
 _PARENT: int = (Kind.MODIFIED | Kind.ATTRIBUTES).value
 
@@ -499,21 +498,25 @@ class InotifyWatcher:
         hints: list[Hint] = []
         for root in self._roots:
             if root.marks:
-                self._note_links(root)
                 index = root.index
                 hints += [Hint(index, path, _kind(bits)) for path, bits in root.marks.items()]
+                hints += self._links(root)
                 root.marks = {}
         return hints
 
-    def _note_links(self, root: _Protected) -> None:
-        """Mark the names that came for files of more than one; here, as later they may be gone."""
+    def _links(self, root: _Protected) -> list[Hint]:
+        """Which of the names stand for files of more than one; told here, as later they may be gone."""
+        found = []
         above = root.path + b"/"
         for path, bits in root.marks.items():
-            if bits & _CAME and not bits & _RESCAN:
-                with contextlib.suppress(OSError):
+            if bits & _NAMED and not bits & _RESCAN:
+                try:
                     status = os.lstat(above + path)
-                    if status.st_nlink > 1 and not stat.S_ISDIR(status.st_mode):
-                        root.marks[path] = bits | _LINKED
+                except OSError:
+                    continue
+                if status.st_nlink > 1 and not stat.S_ISDIR(status.st_mode):
+                    found.append(Hint(root.index, path, _kind(bits), (status.st_dev, status.st_ino)))
+        return found
 
     def _wait(self, seconds: float) -> set[int]:
         """Wait for events or for ``wake``; the descriptors that are ready."""

@@ -9,6 +9,9 @@ from typing import Protocol
 
 import msgspec
 
+#: A device, and the number of an inode on it.
+Inode = tuple[int, int]
+
 
 class Kind(enum.Flag):
     """What a hint says happened. Hints are never trusted: the state on disk is the truth."""
@@ -21,9 +24,6 @@ class Kind(enum.Flag):
     ATTRIBUTES = enum.auto()
     #: Everything below the path is in doubt: a new directory, an overflow, a resume.
     RESCAN = enum.auto()
-    #: A file that came had other names, too. What is done through this one changes all, and is reported for none of
-    #: them; if this one is gone again before it was looked at, any file may have changed.
-    LINKED = enum.auto()
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +41,16 @@ class Root:
 
 @dataclass(frozen=True, slots=True)
 class Hint:
-    """Something may have changed at ``path`` (relative to root number ``root``; b"" is the root itself)."""
+    """Something may have changed at ``path`` (relative to root number ``root``; b"" is the root itself).
+
+    ``inode``, a device and a number, is told of a file that had other names, too: what was done through this name
+    changed the file under all of them and is reported for none, and by now another file may have this name, or none.
+    """
 
     root: int
     path: bytes
     kind: Kind
+    inode: Inode | None = None
 
 
 class FileKind(enum.IntEnum):
