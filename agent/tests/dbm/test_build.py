@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import random
 import shutil
@@ -21,6 +22,7 @@ from farshore.dbm.messages import Ack, Copy, Nak
 from farshore.dbm.replica import build, leaves
 from farshore.dbm.replica.build import Building, copy_file
 from farshore.dbm.replica.stage import Staged
+from farshore.dbm.replica.upload import Upload
 
 PAGE = 4096
 
@@ -305,6 +307,37 @@ def test_what_somebody_changed_at_the_replica_is_not_known(place: Path, same_tim
         assert path.read_bytes() == tampered
         assert isinstance(put(replica, 1, new, tampered), Ack)
         assert path.read_bytes() == new
+    finally:
+        replica.finish()
+
+
+def test_an_upload_that_is_not_put_into_place_leaves_the_base_known(place: Path) -> None:
+    (place / "root").mkdir()
+    replica = Replica(place)
+    try:
+        old = os.urandom(5 << 20)
+        assert isinstance(put(replica, 1, old, None), Ack)
+        handle = os.open(place / "root" / "f", os.O_RDONLY)
+
+        def is_known() -> bool:
+            known = replica.applier.leaves.of(handle)
+            if known is not None:
+                known.close()
+            return known is not None
+
+        assert is_known()
+        staged, target = replica.applier.stages[0].create()
+        encoder = delta.Encoder(delta.sign(io.BytesIO(old)))
+        made = b"".join(encoder.encode(io.BytesIO(changed(old, 5))))
+        upload = Upload(0, b"f", based=True, sparse=False)
+        upload.open(staged, target, os.dup(handle), replica.applier.leaves)
+        upload.feed(made, True)
+        assert upload.complete
+        replica.applier.drop(upload)
+        assert is_known()
+        assert isinstance(put(replica, 2, changed(old, 6), old), Ack)
+        assert not is_known()
+        os.close(handle)
     finally:
         replica.finish()
 

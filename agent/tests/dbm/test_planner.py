@@ -31,6 +31,7 @@ from farshore.dbm.messages import (
     MakeDir,
     Meta,
     Move,
+    Operation,
     Patch,
     Put,
     Remove,
@@ -530,6 +531,51 @@ def test_a_link_that_came_and_went_under_a_name_that_is_known(source: Source) ->
     sent = source.tell(Hint(0, b"b", kind, inode_of(source.tree / "a")))
     assert paths_of(sent, Put) == [b"a"]
     assert paths_of(sent, Remove) == [b"b"]
+
+
+def renaming(source: Source, monkeypatch: pytest.MonkeyPatch, old: Path, new: Path) -> None:
+    """Rename something at the source as soon as a file's content was told."""
+    emit = source.planner._emit
+
+    def told(operation: Operation, content: int = 0) -> None:
+        emit(operation, content)
+        if isinstance(operation, Put) and old.exists():
+            old.rename(new)
+
+    monkeypatch.setattr(source.planner, "_emit", told)
+
+
+def test_a_directory_that_moves_after_something_in_it_was_told_gets_its_times(
+    source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (source.tree / "d" / "sub").mkdir(parents=True)
+    (source.tree / "d" / "sub" / "f").write_bytes(b"old")
+    source.tell()
+    (source.tree / "d" / "sub" / "f").write_bytes(b"new")
+    renaming(source, monkeypatch, source.tree / "d", source.tree / "e")
+    sent = source.tell(Hint(0, b"d/sub/f", Kind.MODIFIED), Hint(0, b"e", Kind.MOVED_TO | Kind.RESCAN))
+    assert paths_of(sent, Move) == [b"d"]
+    # What was put into it on the replica changed its times, though nothing has changed them here.
+    assert b"e/sub" in paths_of(sent, SetMeta)
+
+
+def test_a_directory_that_was_away_for_a_moment_gets_its_times(
+    source: Source, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (source.tree / "d").mkdir()
+    (source.tree / "d" / "f").write_bytes(b"old")
+    source.tell()
+    (source.tree / "d" / "f").write_bytes(b"new")
+    away = tmp_path / "away"
+    renaming(source, monkeypatch, source.tree / "d", away)
+    sent = source.tell(Hint(0, b"d/f", Kind.MODIFIED))
+    assert paths_of(sent, Put) == [b"d/f"]
+    assert b"d" not in paths_of(sent, SetMeta)
+    assert [(hint.path, hint.kind) for hint in source.planner.again if not hint.kind & Kind.MODIFIED] == [
+        (b"d", Kind.ATTRIBUTES)
+    ]
+    away.rename(source.tree / "d")
+    assert b"d" in paths_of(source.tell(*source.planner.again), SetMeta)
 
 
 def test_a_link_in_doubt_has_the_file_that_it_names_looked_at(source: Source) -> None:

@@ -7,6 +7,7 @@ import random
 import tempfile
 from collections.abc import Iterator
 from io import BytesIO
+from math import inf
 
 import pytest
 from blake3 import blake3
@@ -29,13 +30,13 @@ def unnamed() -> int:
 class Keeper:
     """A destination beside its base, which keeps what it can."""
 
-    def __init__(self, base: bytes, willing: bool = True) -> None:
+    def __init__(self, base: bytes, least: float = 0) -> None:
         self.base = base
         self.out = bytearray()
         self.kept = 0
         self.read = 0
         self.asked = 0
-        self._willing = willing
+        self._least = least
 
     def pread(self, offset: int, length: int, /) -> bytes:
         data = self.base[offset : offset + length]
@@ -45,10 +46,11 @@ class Keeper:
     def keep(self, offset: int, length: int) -> bool:
         assert offset == len(self.out)
         self.asked += 1
-        if self._willing:
-            self.out += self.base[offset : offset + length]
-            self.kept += length
-        return self._willing
+        if length < self._least:
+            return False
+        self.out += self.base[offset : offset + length]
+        self.kept += length
+        return True
 
     def apply(self, delta: bytes, known: Leaves | None, pieces: int = 1 << 30) -> tuple[Applied, Leaves | None]:
         """Apply ``delta``, and take the leaves of the result."""
@@ -118,11 +120,25 @@ def test_one_changed_page_costs_a_page(content: bytes, leaves: Leaves) -> None:
     assert keeper.kept + keeper.read == len(content) - 4096
 
 
-def test_who_keeps_nothing_is_asked_once(content: bytes, leaves: Leaves) -> None:
-    keeper = Keeper(content, willing=False)
-    keeper.apply(encode_bytes(sign(BytesIO(content)), edited(content, 3)), leaves)
-    assert bytes(keeper.out) == edited(content, 3)
-    assert keeper.asked == 1
+def test_who_keeps_nothing_is_asked_once_for_each_range(content: bytes, leaves: Leaves) -> None:
+    new = bytearray(content)
+    for at in (1 << 20, 3 << 20):
+        new[at : at + 4096] = bytes(4096)
+    keeper = Keeper(content, least=inf)
+    keeper.apply(encode_bytes(sign(BytesIO(content)), bytes(new)), leaves)
+    assert bytes(keeper.out) == new
+    assert (keeper.asked, keeper.kept) == (3, 0)
+
+
+def test_a_short_range_that_cannot_be_kept_leaves_the_long_ones(content: bytes, leaves: Leaves) -> None:
+    new = bytearray(content)
+    for at in (1 << 20, (1 << 20) + 20_480, 3 << 20):
+        new[at : at + 4096] = bytes(4096)
+    keeper = Keeper(content, least=100_000)
+    keeper.apply(encode_bytes(sign(BytesIO(content)), bytes(new)), leaves)
+    assert bytes(keeper.out) == new
+    assert keeper.read <= 4096 + 16_384 + 777
+    assert keeper.kept > 5_000_000
 
 
 def test_leaves_of_something_else_are_not_used(content: bytes, leaves: Leaves) -> None:

@@ -206,8 +206,8 @@ class Planner:
         for root, path in sorted(paths):
             known = self._index.get(root, path)
             if known is not None and known.kind is FileKind.DIRECTORY:
-                # It is there, as only a drastic transaction would have changed that; no metadata equals this mode.
-                self._index.put(replace(known, mode=-1))
+                # It is there, as only a drastic transaction would have changed that.
+                self._index.put(_in_doubt(known))
                 hints.append(Hint(root, path, Kind.ATTRIBUTES))
                 continue
             if known is not None:
@@ -475,7 +475,8 @@ class Planner:
             self._made.clear()
         if isinstance(operation, Move):
             self._touch(root, operation.to)
-            self._note_drastic(root, operation.path)
+            if self._note_drastic(root, operation.path):
+                self._touched = {(number, _after(operation, number, path)) for number, path in self._touched}
             self._note_drastic(root, operation.to)
         elif isinstance(operation, Remove):
             self._note_drastic(root, operation.path)
@@ -488,29 +489,40 @@ class Planner:
         if path:
             self._touched.add((root, path.rpartition(b"/")[0]))
 
-    def _note_drastic(self, root: int, path: bytes) -> None:
+    def _note_drastic(self, root: int, path: bytes) -> bool:
+        """What is at ``path`` is moved, removed or replaced; returns whether it is a directory."""
         known = self._index.get(root, path)
-        self._plan.drastic |= known is not None and known.kind is FileKind.DIRECTORY
+        is_directory = known is not None and known.kind is FileKind.DIRECTORY
+        self._plan.drastic |= is_directory
+        return is_directory
 
     def _set_directories(self) -> None:
         """What was done below them changed the directories' own times on the replica: set them last."""
         for root, path in sorted(self._touched, key=lambda item: item[1].count(b"/"), reverse=True):
+            known = self._index.get(root, path)
+            if known is None or known.kind is not FileKind.DIRECTORY:
+                continue
+            self._plan.changed.add((root, path))
             with contextlib.suppress(_Unobservable):
-                self._set_directory(root, path)
+                if self._set_directory(root, path):
+                    continue
+            # It may come back as it was, and be set then.
+            self._index.put(_in_doubt(known))
+            self.again.append(Hint(root, path, Kind.ATTRIBUTES))
         self._touched.clear()
 
-    def _set_directory(self, root: int, path: bytes) -> None:
-        known = self._index.get(root, path)
+    def _set_directory(self, root: int, path: bytes) -> bool:
+        """Tell the metadata of a directory that the replica has; False when there is none here."""
         seen = self._observe(root, path)
-        if known is None or seen is None or not known.kind is seen.kind is FileKind.DIRECTORY:
-            return
+        if seen is None or seen.kind is not FileKind.DIRECTORY:
+            return False
         if not path:
             if not self._has_root(root):
-                return
+                return False
             self._present(seen)
-        self._plan.changed.add((root, path))
         self._plan.frames.append(wire.frame(SetMeta(root, path, _meta(seen))))
         self._index.put(_known(seen, None, settled=True))
+        return True
 
     def _sync(
         self, batch: Batch, status: os.stat_result, root: int, path: bytes, known: Known | None, force: bool, work: Work
@@ -909,6 +921,18 @@ def _known(seen: Observed, digest: bytes | None, settled: bool) -> Known:
         seen.xattrs,
         digest,
     )
+
+
+def _in_doubt(directory: Known) -> Known:
+    """An entry of a directory that is there, with metadata that nothing equals."""
+    return replace(directory, mode=-1)
+
+
+def _after(move: Move, root: int, path: bytes) -> bytes:
+    """Where a path of root number ``root`` is after a directory was moved."""
+    if root == move.root and (path == move.path or path.startswith(move.path + b"/")):
+        return move.to + path[len(move.path) :]
+    return path
 
 
 def _unknown(root: int, path: bytes) -> Known:

@@ -81,6 +81,7 @@ class Uploads:
         self._numbers = itertools.count(1)
         self._jobs: list[Job] = []
         self._changed = asyncio.Event()
+        # Large ones from their first piece on, and what came behind them: until the replica has all of it.
         self._building: dict[int, asyncio.Event] = {}
         # Numbers of those that the replica holds until they are put into place.
         self._waiting: set[int] = set()
@@ -165,19 +166,20 @@ class Uploads:
         while len(self._waiting) >= MAX_UPLOADS - _SLOTS:
             self._room.clear()
             await self._room.wait()
-        reading = None
+        known, blob = await self._line.what_is_known(job)
+        base = None
+        if _is_base(known):
+            base = await self._in_thread(_parsed, blob)
+            if base is None:
+                base = await self._in_thread(_parsed, await self._line.ask_signature(job))
+        reading, skip = await self._go_on(job, base)
         async with self._line.between():
-            known, blob = await self._line.what_is_known(job)
-            based = known is not None and known.kind is FileKind.FILE and known.size > INLINE_MAX
-            base = await self._in_thread(_parsed, blob) if based else None
-            if not based or base is not None:
-                reading = await self._open(job, base)
-        if reading is None:
-            base = await self._in_thread(_parsed, await self._line.ask_signature(job))
-            async with self._line.between():
-                # What was asked for is no base for what the replica may have at this path by now.
-                again, _ = await self._line.what_is_known(job)
-                reading = await self._open(job, base if again == known else None)
+            again, blob = await self._line.what_is_known(job)
+            if again != known:
+                # The replica has, or will have, something else at this path by now.
+                base = await self._in_thread(_parsed, blob) if _is_base(again) else None
+                reading, skip = self._read(job, base), 0
+            await self._announce(job, reading, skip)
         await self._send(job, reading)
 
     def _let_rest(self, job: Job, content: Content) -> Content:
@@ -187,23 +189,42 @@ class Uploads:
             self._rest[job.root, job.path] = time.monotonic() + min(MAX_REST, took)
         return content
 
-    async def _open(self, job: Job, base: delta.Signature | None) -> _Reading:
-        """Announce the upload, from where an earlier connection left it if that is possible."""
-        based = base is not None
-        reading = _Reading(self._roots[job.root], job, base, self._stopped)
-        skip = 0
+    async def _go_on(self, job: Job, base: delta.Signature | None) -> tuple[_Reading, int]:
+        """A reading from where an earlier connection left it, and the bytes of the delta that the replica has."""
+        reading = self._read(job, base)
         partial = self._partials.pop((job.root, job.base), None)
-        if partial is not None and partial.based == based and partial.received >= _MIN_RESUME:
+        if partial is not None and partial.based == reading.based and partial.received >= _MIN_RESUME:
             if await self._in_thread(reading.skip, partial.received, partial.digest):
-                skip = partial.received
-            else:
-                reading = _Reading(self._roots[job.root], job, base, self._stopped)
+                return reading, partial.received
+            reading = self._read(job, base)
+        return reading, 0
+
+    def _read(self, job: Job, base: delta.Signature | None) -> _Reading:
+        return _Reading(self._roots[job.root], job, base, self._stopped)
+
+    async def _announce(self, job: Job, reading: _Reading, skip: int) -> None:
         job.number = next(self._numbers)
         self._waiting.add(job.number)
-        await self._line.send([wire.frame(Upload(job.number, job.root, job.base, based, reading.sparse, skip))])
-        return reading
+        if job.size > SMALL:
+            self._building[job.number] = asyncio.Event()
+        await self._line.send([wire.frame(Upload(job.number, job.root, job.base, reading.based, reading.sparse, skip))])
 
     async def _send(self, job: Job, reading: _Reading) -> None:
+        """Send all of it. Returns when it may be put into place without a transaction having to wait for long."""
+        try:
+            await self._send_pieces(job, reading)
+            assert reading.content is not None
+            content = self._let_rest(job, reading.content)
+            if content.length > SMALL or self._building:
+                self._building.setdefault(job.number, asyncio.Event())
+            await self._line.send([wire.frame(Chunk(job.number, b"", True))])
+            if job.number in self._building:
+                await self._building[job.number].wait()
+        finally:
+            self._building.pop(job.number, None)
+        job.content = content
+
+    async def _send_pieces(self, job: Job, reading: _Reading) -> None:
         # One piece is read while the one before it is sent.
         ahead = asyncio.ensure_future(self._in_thread(reading.piece))
         try:
@@ -216,17 +237,6 @@ class Uploads:
                     view = view[size:]
         finally:
             ahead.cancel()
-        assert reading.content is not None
-        content = self._let_rest(job, reading.content)
-        others = bool(self._building)
-        built = self._building[job.number] = asyncio.Event()
-        try:
-            await self._line.send([wire.frame(Chunk(job.number, b"", True))])
-            if others or content.length > SMALL:
-                await built.wait()
-        finally:
-            del self._building[job.number]
-        job.content = content
 
     async def _in_thread(self, call: Callable[..., _T], *args: object) -> _T:
         return await asyncio.get_running_loop().run_in_executor(self._pool, call, *args)
@@ -241,6 +251,7 @@ class _Reading:
     def __init__(self, root: Root, job: Job, base: delta.Signature | None, stopped: threading.Event) -> None:
         self._stopped = stopped
         self._base = base
+        self.based = base is not None
         self._started = time.time_ns()
         self._file = io.FileIO(scanner.open_file_beneath(root.path, job.path))
         self._before = os.fstat(self._file.fileno())
@@ -303,6 +314,11 @@ class _Reading:
     def _told(self, length: int, digest: bytes, signature: bytes | None) -> Content:
         after = os.fstat(self._file.fileno())
         return Content(self._before, after, self._started, length, digest, signature)
+
+
+def _is_base(known: Known | None) -> bool:
+    """Whether a delta may refer to what the replica has."""
+    return known is not None and known.kind is FileKind.FILE and known.size > INLINE_MAX
 
 
 def _parsed(blob: bytes | None) -> delta.Signature | None:

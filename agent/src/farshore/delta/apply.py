@@ -77,8 +77,8 @@ class Applier:
     what stays where it was. Where `known` are the leaves of the base that the delta was made for,
     ``keep(offset, length)`` is called before whole blocks that are to be copied from `offset` of
     the base to `offset` of the new content; if it returns True it has seen to them, and they are
-    neither read nor written, else it is not asked again; the base must not have changed since
-    `known` was made. `notes` is called once, for an open, empty file that takes the leaves of the
+    neither read nor written, else it is not asked again for this range; the base must not have
+    changed since `known` was made. `notes` is called once, for an open, empty file that takes the leaves of the
     new content, or None: see :meth:`leaves`.
     """
 
@@ -241,13 +241,20 @@ class Applier:
             raise DeltaCorrupt("it copies from a base and has none")
         if offset + length > header.base_length or offset + length > _OFFSET_LIMIT:
             raise DeltaCorrupt(f"it copies beyond the base's {header.base_length} bytes")
+        refused = False
         while length:
-            kept = self._keep_blocks(offset, length)
-            if kept:
-                offset += kept
-                length -= kept
-                continue
-            piece = self._base.pread(offset, min(length, self._piece(offset)))
+            size = min(length, COPY_PIECE)
+            if not refused and self._known is not None and offset == self._length:
+                blocks = self._whole_blocks(length)
+                if blocks:
+                    kept = self._keep_blocks(offset, blocks)
+                    offset += kept
+                    length -= kept
+                    refused = not kept
+                    continue
+                # Up to where blocks may be kept.
+                size = min(size, self._known.block_size - offset % self._known.block_size)
+            piece = self._base.pread(offset, size)
             if not piece:
                 raise DeltaCorrupt(f"the base ends at {offset}")
             self._count(piece)
@@ -258,26 +265,21 @@ class Applier:
             offset += len(piece)
             length -= len(piece)
 
-    def _keep_blocks(self, offset: int, length: int) -> int:
-        """Take what is copied by its leaves, if that is possible; return how many bytes."""
-        if self._known is None or self._keep is None or offset != self._length or not self._whole.can_repeat():
-            return 0
-        blocks = length // self._known.block_size
+    def _whole_blocks(self, length: int) -> int:
+        """Return how many of the blocks that begin here, within `length` bytes, may be kept."""
+        assert self._known is not None
+        return length // self._known.block_size if self._keep is not None and self._whole.can_repeat() else 0
+
+    def _keep_blocks(self, offset: int, blocks: int) -> int:
+        """Take blocks that are copied by their leaves, if that is possible; return how many bytes."""
+        assert self._known is not None
+        assert self._keep is not None
         length = blocks * self._known.block_size
-        if not blocks:
-            return 0
         if not self._keep(offset, length):
-            self._known = None
             return 0
         self._whole.repeat(self._known, blocks)
         self._length += length
         return length
-
-    def _piece(self, offset: int) -> int:
-        """Return how many bytes to copy at a time: up to where blocks may be kept."""
-        if self._known is None or offset != self._length:
-            return COPY_PIECE
-        return min(COPY_PIECE, self._known.block_size - offset % self._known.block_size)
 
     def _count(self, piece: bytes | memoryview) -> None:
         self._whole.update(piece)

@@ -254,6 +254,7 @@ class Stager:
             status = os.fstat(handle)
             leaves = upload.take_leaves()
             if leaves is not None:
+                upload.forget_base()
                 self._applier.leaves.add(status, leaves)
         finally:
             os.close(handle)

@@ -121,14 +121,16 @@ class Upload:
                 self._whole = True
                 if self._leaves is not None:
                     self._notes = None
-                    # The base is about to be replaced.
-                    self._forget_known()
         except (delta.DeltaCorrupt, OSError):
             # Were its leaves to blame, the next attempt would end alike.
-            self._forget_known()
+            self.forget_base()
             raise
         self.complete = last
         self._broken = False
+
+    def forget_base(self) -> None:
+        """What is known of the base is of no use any more: it is about to be replaced, or was wrong."""
+        self._forget_known()
 
     def take_leaves(self) -> delta.Leaves | None:
         """The leaves of a complete upload, for the caller to close; None when they are not known."""
