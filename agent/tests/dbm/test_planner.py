@@ -533,6 +533,20 @@ def test_a_link_that_came_and_went_under_a_name_that_is_known(source: Source) ->
     assert paths_of(sent, Remove) == [b"b"]
 
 
+def test_a_name_that_moved_before_new_content_came_is_linked_to_it(source: Source) -> None:
+    (source.tree / "d").mkdir()
+    (source.tree / "a").write_bytes(b"old")
+    os.link(source.tree / "a", source.tree / "d" / "b")
+    source.tell()
+    (source.tree / "d").rename(source.tree / "e")
+    (source.tree / "a").write_bytes(b"new")
+    assert paths_of(source.tell(Hint(0, b"a", Kind.MODIFIED)), Put) == [b"a"]
+    # Looked at once more, before what is below the new name is.
+    sent = source.tell(Hint(0, b"e", Kind.MOVED_TO), Hint(0, b"a", Kind.MODIFIED))
+    assert paths_of(sent, Move) == [b"d"]
+    assert [(message.path, message.to) for message in sent if isinstance(message, Link)] == [(b"e/b", b"a")]
+
+
 def renaming(source: Source, monkeypatch: pytest.MonkeyPatch, old: Path, new: Path) -> None:
     """Rename something at the source as soon as a file's content was told."""
     emit = source.planner._emit

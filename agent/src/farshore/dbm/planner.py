@@ -59,6 +59,7 @@ _UNKNOWN = FileKind.SOCKET
 _MAX_XATTRS = wire.MAX_FRAME - INLINE_MAX - 4 * MAX_PATH
 _XATTR_OVERHEAD = 16
 _INT64 = 1 << 63
+_NO_INODE = (-1, 0, 0)
 _CONTENT = Kind.MODIFIED | Kind.CREATED | Kind.MOVED_TO
 
 
@@ -108,8 +109,8 @@ class Planner:
         self._touched: set[tuple[int, bytes]] = set()
         # Directories that the replica surely has, as nothing was moved or removed since that was looked up.
         self._made: set[tuple[int, bytes]] = set()
-        # The last inode of which the index knew no path.
-        self._lonely = (-1, 0, 0)
+        # The inode that is looked at, if the index knew no path of it.
+        self._lonely = _NO_INODE
         self._content_sent = False
         # Files that failed in the middle of their content, with their ctime then.
         self._unreadable: dict[tuple[int, bytes], int] = {}
@@ -598,6 +599,7 @@ class Planner:
             batch.vanish(seen.root, seen.path, work)
             return
         self._base = None
+        self._lonely = _NO_INODE
         known = self._settle_place(batch, seen, known, work, readable=handle is not None)
         if handle is not None:
             self._file(batch, seen, known, force, work, handle)
@@ -758,7 +760,7 @@ class Planner:
         # While it was not seen unchanged during a read it is fuzzy: its content must be read to be known.
         entry = entry if same and started - seen.ctime_ns > _RACY_NS else replace(entry, ctime_ns=0)
         self._index.put(entry)
-        if known is None or (known.dev, known.ino) != (seen.dev, seen.ino):
+        if self._content_sent or known is None or (known.dev, known.ino) != (seen.dev, seen.ino):
             self._disown(seen, names)
         for name in names:
             if self._content_sent:
@@ -776,7 +778,11 @@ class Planner:
         return known
 
     def _disown(self, seen: Observed, names: list[Known]) -> None:
-        """Inode numbers are used again: no other path may seem to be a name of this file on the replica."""
+        """No path but ``names`` may seem to be a name of this file on the replica.
+
+        Inode numbers are used again; and new content comes as a new file, which a name that has moved does not stand
+        for until it is linked to it.
+        """
         if self._lonely == (seen.root, seen.dev, seen.ino):
             return
         mine = {seen.path, *(name.path for name in names)}
