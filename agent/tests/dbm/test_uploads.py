@@ -33,7 +33,7 @@ class Line:
         self.finished: list[Job] = []
         #: Whether transactions have to wait now.
         self.holding = False
-        self.known: tuple[Known | None, bytes | None] = (None, None)
+        self.known: Known | None = None
         #: Pieces of this upload are not taken for now.
         self.blocked = 0
 
@@ -43,8 +43,11 @@ class Line:
         yield
         self.holding = False
 
-    async def what_is_known(self, job: Job) -> tuple[Known | None, bytes | None]:
+    async def known_base(self, job: Job) -> Known | None:
         return self.known
+
+    async def known_signature(self, job: Job) -> bytes | None:
+        return None
 
     async def ask_signature(self, job: Job) -> bytes | None:
         raise AssertionError("there is no base")
@@ -174,7 +177,7 @@ def test_transactions_go_on_while_what_is_there_is_passed_over(
             def noted(reading: uploads._Reading, received: int, digest: bytes) -> bool:
                 held.append(line.holding)
                 if changes:
-                    line.known = (known_file(b"f", 1 << 20), None)
+                    line.known = known_file(b"f", 1 << 20)
                 return skip(reading, received, digest)
 
             monkeypatch.setattr(uploads._Reading, "skip", noted)

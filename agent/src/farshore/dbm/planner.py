@@ -319,11 +319,10 @@ class Planner:
             self._look_at_root(batch, root, kind, work)
             return
         status = self._lstat(root, path)
-        if work.item.inodes:
-            self._look_behind(batch, root, path, status, work)
         if status is None:
             batch.vanish(root, path, work)
             return
+        self._look_behind(batch, root, path, status, work)
         is_directory = stat.S_ISDIR(status.st_mode)
         known = self._index.get(root, path)
         if not self._filters[root].allows(path, is_directory):
@@ -415,8 +414,6 @@ class Planner:
     def _gone(self, batch: Batch, root: int, path: bytes, work: Work) -> None:
         known = self._index.get(root, path)
         seen = self._observe(root, path)
-        if work.item.inodes:
-            self._look_behind(batch, root, path, None, work)
         if seen is not None:
             batch.look(root, path, Kind.RESCAN, work)
         elif not path:
@@ -431,6 +428,7 @@ class Planner:
             self._unreadable.pop((root, path), None)
             if known is not None:
                 self._remove(batch, known, work)
+            self._look_behind(batch, root, path, None, work)
 
     def _remove(self, batch: Batch, known: Known, work: Work) -> None:
         self._look_at_other_names(batch, known, work)
@@ -447,7 +445,7 @@ class Planner:
     def _look_behind(self, batch: Batch, root: int, path: bytes, status: os.stat_result | None, work: Work) -> None:
         """Look at the files that had the path as another name of theirs, and have not any more."""
         item = work.item
-        if (item.root, item.path) != (root, path):
+        if not item.inodes or (item.root, item.path) != (root, path):
             return
         for dev, ino in item.inodes:
             if status is not None and (status.st_dev, status.st_ino) == (dev, ino):

@@ -733,19 +733,21 @@ class Sender:
         """While entered, no transaction is planned or sent."""
         return self._between
 
-    async def what_is_known(self, job: Job) -> tuple[Known | None, bytes | None]:
-        """The index's entry of the job's base, and the signature."""
+    async def known_base(self, job: Job) -> Known | None:
+        """The index's entry of the job's base."""
+        return await self._in_worker(lambda: None if self._index is None else self._index.get(job.root, job.base))
 
-        def look() -> tuple[Known | None, bytes | None]:
-            if self._index is None:
-                return None, None
-            return self._index.get(job.root, job.base), self._index.get_signature(job.root, job.base)
+    async def known_signature(self, job: Job) -> bytes | None:
+        """The index's signature of the job's base."""
+
+        def look() -> bytes | None:
+            return None if self._index is None else self._index.get_signature(job.root, job.base)
 
         return await self._in_worker(look)
 
     async def ask_signature(self, job: Job) -> bytes | None:
         """The signature exchange of the paper: what the replica has as the job's base."""
-        known, _ = await self.what_is_known(job)
+        known = await self.known_base(job)
         most = _SIGNATURE_BYTES + int((known.size if known else 0) * _SIGNATURE_SHARE)
         async with self._asking:
             await self.send([wire.frame(WantSignature(job.root, job.base))])

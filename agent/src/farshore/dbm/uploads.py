@@ -55,8 +55,11 @@ class Line(Protocol):
     def between(self) -> AbstractAsyncContextManager[object]:
         """While entered, no transaction is planned or sent."""
 
-    async def what_is_known(self, job: Job) -> tuple[Known | None, bytes | None]:
-        """What the index has of the job's base: the entry, and the signature as bytes."""
+    async def known_base(self, job: Job) -> Known | None:
+        """What the index has of the job's base."""
+
+    async def known_signature(self, job: Job) -> bytes | None:
+        """Its signature there."""
 
     async def ask_signature(self, job: Job) -> bytes | None:
         """The signature of the replica's file, None when it has none."""
@@ -166,21 +169,22 @@ class Uploads:
         while len(self._waiting) >= MAX_UPLOADS - _SLOTS:
             self._room.clear()
             await self._room.wait()
-        known, blob = await self._line.what_is_known(job)
-        base = None
-        if _is_base(known):
-            base = await self._in_thread(_parsed, blob)
-            if base is None:
-                base = await self._in_thread(_parsed, await self._line.ask_signature(job))
+        known = await self._line.known_base(job)
+        base = await self._signature(job, known)
+        if base is None and _is_base(known):
+            base = await self._in_thread(_parsed, await self._line.ask_signature(job))
         reading, skip = await self._go_on(job, base)
         async with self._line.between():
-            again, blob = await self._line.what_is_known(job)
+            again = await self._line.known_base(job)
             if again != known:
                 # The replica has, or will have, something else at this path by now.
-                base = await self._in_thread(_parsed, blob) if _is_base(again) else None
-                reading, skip = self._read(job, base), 0
+                reading, skip = self._read(job, await self._signature(job, again)), 0
             await self._announce(job, reading, skip)
         await self._send(job, reading)
+
+    async def _signature(self, job: Job, known: Known | None) -> delta.Signature | None:
+        """The signature of the job's base that the index has, None when there is none or ``known`` is no base."""
+        return await self._in_thread(_parsed, await self._line.known_signature(job)) if _is_base(known) else None
 
     def _let_rest(self, job: Job, content: Content) -> Content:
         """Returns ``content``. If the file changed while it was read, just now, it is left alone for a while."""

@@ -46,8 +46,8 @@ class Upload:
         self._building: Building | None = None
         self._applier: delta.Applier | None = None
         self._known: delta.Leaves | None = None
-        # Has the store forget the leaves of the base.
-        self._forget_known: Callable[[], None] = lambda: None
+        #: Has the store forget the leaves of the base: it is about to be replaced, or they were wrong.
+        self.forget_base: Callable[[], None] = lambda: None
         self._notes: int | None = None
         self._leaves: delta.Leaves | None = None
         self._hasher = blake3.blake3()
@@ -82,7 +82,7 @@ class Upload:
             # Only now: a change of the base from here on is noticed when the building is finished.
             self._known = None if base is None else store.of(base)
             if base is not None and self._known is not None:
-                self._forget_known = partial(store.forget, os.fstat(base))
+                self.forget_base = partial(store.forget, os.fstat(base))
         except BaseException:
             os.close(handle)
             if base is not None:
@@ -127,10 +127,6 @@ class Upload:
             raise
         self.complete = last
         self._broken = False
-
-    def forget_base(self) -> None:
-        """What is known of the base is of no use any more: it is about to be replaced, or was wrong."""
-        self._forget_known()
 
     def take_leaves(self) -> delta.Leaves | None:
         """The leaves of a complete upload, for the caller to close; None when they are not known."""
