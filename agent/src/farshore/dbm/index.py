@@ -176,6 +176,10 @@ class Index:
     """
 
     def __init__(self, path: Path) -> None:
+        #: The directory that was found without entries last, and the names that were put into it since. All that a
+        #: newly walked directory holds is asked for once, in vain, and this spares the question.
+        self._bare: tuple[int, bytes] | None = None
+        self._put_there: set[bytes] = set()
         try:
             self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         except sqlite3.Error as error:
@@ -220,6 +224,7 @@ class Index:
 
     def rollback(self) -> None:
         """The replica has not acknowledged: forget the changes."""
+        self._bare = None
         if self._db.in_transaction:
             self._db.execute("ROLLBACK")
 
@@ -248,7 +253,10 @@ class Index:
 
     def get(self, root: int, path: bytes) -> Known | None:
         """What is known of one path."""
-        row = self._db.execute(_GET, (root, *_split(path))).fetchone()
+        parent, name = _split(path)
+        if (root, parent) == self._bare and name not in self._put_there:
+            return None
+        row = self._db.execute(_GET, (root, parent, name)).fetchone()
         return _known(root, path, row) if row else None
 
     def by_inode(self, root: int, dev: int, ino: int) -> list[Known]:
@@ -287,16 +295,23 @@ class Index:
 
     def children(self, root: int, path: bytes) -> list[bytes]:
         """Paths directly below a directory."""
-        rows = self._db.execute("SELECT name FROM entries WHERE root=? AND parent=?", (root, path))
+        rows = self._db.execute("SELECT name FROM entries WHERE root=? AND parent=?", (root, path)).fetchall()
+        if not rows:
+            self._bare = root, path
+            self._put_there = set()
         return [_joined(path, name) for (name,) in rows]
 
     def put(self, entry: Known) -> None:
         """Take over an entry, replacing what was known of its path."""
+        parent, name = _split(entry.path)
+        if (entry.root, parent) == self._bare:
+            self._put_there.add(name)
         self._db.execute(
             _PUT,
             (
                 entry.root,
-                *_split(entry.path),
+                parent,
+                name,
                 entry.kind.value,
                 entry.mode,
                 entry.uid,
@@ -332,6 +347,7 @@ class Index:
     def move(self, root: int, path: bytes, to: bytes) -> None:
         """What was known at ``path`` and below is known at ``to``."""
         self.remove(root, to)
+        self._bare = None
         parent, name = _split(to)
         self._db.execute(
             "UPDATE entries SET parent=?, name=? WHERE root=? AND parent=? AND name=?",

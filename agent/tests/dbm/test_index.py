@@ -1,0 +1,116 @@
+"""The index, beside a dictionary that is told the same."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from farshore.dbm.index import Index, Known
+from farshore.fmm.types import FileKind
+
+# Names around "/" in the order of bytes, where ranges over directories go wrong first.
+NAMES = [b"a", b"a.", b"a0"]
+DIRECTORIES = [b"", b"a", b"a0"]
+PATHS = [b"", b"a", b"a.", b"a0", b"a/a", b"a/a.", b"a0/a", b"a/a/a"]
+ROOTS = st.sampled_from([0, 0, 0, 1])
+ANY = st.sampled_from(PATHS)
+BELOW = st.sampled_from(PATHS[1:])
+
+
+def entry(root: int, path: bytes, ino: int) -> Known:
+    return Known(root, path, FileKind.FILE, 0o644, 0, 0, 1, 2, 3, 4, ino, 1, 0, None, (), b"d" * 32)
+
+
+def is_in(path: bytes, directory: bytes) -> bool:
+    """Whether ``path`` is ``directory`` or below it."""
+    return not directory or path == directory or path.startswith(directory + b"/")
+
+
+@dataclass
+class Model:
+    entries: dict[tuple[int, bytes], Known] = field(default_factory=dict)
+
+    def children(self, root: int, path: bytes) -> set[bytes]:
+        return {
+            found for number, found in self.entries if number == root and found and found.rpartition(b"/")[0] == path
+        }
+
+    def remove(self, root: int, path: bytes) -> None:
+        for key in [key for key in self.entries if key[0] == root and is_in(key[1], path)]:
+            del self.entries[key]
+
+
+class IndexMachine(RuleBasedStateMachine):
+    """Whatever is done to the index, what it tells of any path is what it was told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.directory = tempfile.TemporaryDirectory(prefix="farshore-index-")
+        self.index = Index(Path(self.directory.name) / "index.db")
+        self.index.begin()
+        self.model, self.committed = Model(), Model()
+
+    @rule(root=ROOTS, path=ANY, ino=st.integers(1, 5))
+    def put(self, root: int, path: bytes, ino: int) -> None:
+        self.index.put(entry(root, path, ino))
+        self.model.entries[root, path] = entry(root, path, ino)
+
+    @rule(root=ROOTS, path=st.sampled_from(DIRECTORIES))
+    def list_and_get(self, root: int, path: bytes) -> None:
+        assert set(self.index.children(root, path)) == self.model.children(root, path)
+        for name in NAMES:
+            child = path + b"/" + name if path else name
+            assert self.index.get(root, child) == self.model.entries.get((root, child))
+
+    @rule(root=ROOTS, path=ANY)
+    def remove(self, root: int, path: bytes) -> None:
+        self.index.remove(root, path)
+        self.model.remove(root, path)
+
+    @rule(root=ROOTS, path=BELOW, to=BELOW)
+    def move(self, root: int, path: bytes, to: bytes) -> None:
+        if is_in(path, to) or is_in(to, path):
+            return
+        self.index.move(root, path, to)
+        moved = {key: known for key, known in self.model.entries.items() if key[0] == root and is_in(key[1], path)}
+        self.model.remove(root, to)
+        for (number, old), known in moved.items():
+            del self.model.entries[number, old]
+            new = to + old[len(path) :]
+            self.model.entries[number, new] = entry(number, new, known.ino)
+
+    @rule()
+    def clear(self) -> None:
+        self.index.clear()
+        self.model.entries.clear()
+
+    @rule()
+    def commit(self) -> None:
+        self.index.commit()
+        self.index.begin()
+        self.committed = Model(dict(self.model.entries))
+
+    @rule()
+    def rollback(self) -> None:
+        self.index.rollback()
+        self.index.begin()
+        self.model = Model(dict(self.committed.entries))
+
+    @invariant()
+    def every_path_is_told(self) -> None:
+        for root in (0, 1):
+            for path in PATHS:
+                assert self.index.get(root, path) == self.model.entries.get((root, path)), (root, path)
+
+    def teardown(self) -> None:
+        self.index.close()
+        self.directory.cleanup()
+
+
+IndexMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)
+TestIndex = IndexMachine.TestCase
