@@ -45,6 +45,9 @@ from farshore.dbm.index import Index
 from farshore.dbm.planner import Planner
 from farshore.dbm.replica.build import Building
 from farshore.dbm.replica.commit import Applier
+from farshore.dbm.replica.history import History
+from farshore.dbm.replica.journal import Journal
+from farshore.dbm.replica.mark import Mark
 from farshore.dbm.replica.staging import Stager
 from farshore.dbm.replica.tree import Tree
 from farshore.dbm.replica.upload import Upload
@@ -68,13 +71,21 @@ STEPS: dict[str, dict[str, tuple[type, str]]] = {
         "a transaction is complete": (Stager, "_commit"),
         "an operation is staged": (Stager, "_stage"),
         "a group is handed over": (Stager, "_hand_over"),
-        "contents are synced": (Applier, "_sync_staged"),
-        "a number is noted": (Applier, "_note_started"),
+        "a group is accepted": (Applier, "accept"),
+        "the journal is written": (Journal, "append"),
+        "what was found is noted": (History, "note"),
         "an operation is applied": (Applier, "_apply_one"),
-        "a file is placed": (Tree, "place"),
+        "something is kept": (Tree, "keep"),
+        "a file is placed": (Tree, "put"),
+        "a file is pinned": (Tree, "pin"),
         "something is moved": (Tree, "move"),
-        "something is removed": (Tree, "remove"),
-        "names are synced": (Applier, "_sync_names"),
+        "a transaction is applied": (Applier, "_finished"),
+        "the trees are synced": (Tree, "sync"),
+        "the mark is moved": (Mark, "move"),
+        "the journal is dropped": (Journal, "drop"),
+        "a pin is released": (Applier, "_release"),
+        "a directory is about to move": (Applier, "_before_directory"),
+        "the trees are at rest": (Applier, "checkpoint"),
         "an upload is opened": (Upload, "open"),
         "an upload is fed": (Upload, "feed"),
         "an upload is finished": (Building, "finish"),

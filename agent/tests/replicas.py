@@ -16,6 +16,7 @@ from farshore import delta
 from farshore.dbm import receiver, wire
 from farshore.dbm.messages import (
     Ack,
+    Applied,
     Begin,
     Chunk,
     Commit,
@@ -45,6 +46,8 @@ class Gate:
         self.checks: Callable[[int], None] = lambda epoch: None
         self.in_steps = 0
         self.problems: list[str] = []
+        #: Why it applies nothing.
+        self.stalled = ""
 
     def check_epoch(self, epoch: int) -> None:
         self.checks(epoch)
@@ -65,6 +68,11 @@ class Source:
         self._messages: list[FromReplica] = []
         #: The uploads that the replica said to have, of the messages that were read.
         self.uploaded: list[int] = []
+        #: The last transaction that it said to have applied, and the problems that it told.
+        self.applied = 0
+        self.problems: list[str] = []
+        #: Why it applies nothing.
+        self.stalled = ""
 
     def put(self, *messages: object) -> None:
         """Send messages, in blocks of at most 1 MiB."""
@@ -96,13 +104,28 @@ class Source:
         return self._messages.pop(0)
 
     def verdict(self) -> Ack | Nak:
-        """The next message, which is one of these; that an upload is complete may come before it."""
-        message = self.read()
-        while isinstance(message, Uploaded):
-            self.uploaded.append(message.upload)
+        """The next one of these, an Ack once what it acknowledges is applied.
+
+        That an upload is complete may come before it.
+        """
+        acked: Ack | None = None
+        while True:
             message = self.read()
-        assert isinstance(message, (Ack, Nak)), message
-        return message
+            match message:
+                case Uploaded(upload=number):
+                    self.uploaded.append(number)
+                case Ack():
+                    acked = message
+                case Applied(seq=seq, problems=problems, stalled=stalled):
+                    self.stalled = stalled
+                    self.applied = seq
+                    self.problems += problems
+                    if acked is not None and seq >= acked.seq:
+                        return acked
+                case Nak():
+                    return message
+                case _:
+                    raise AssertionError(message)
 
     def until_acked(self, seq: int) -> None:
         """Read until transaction ``seq`` is acknowledged."""

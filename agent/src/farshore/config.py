@@ -28,6 +28,10 @@ _DAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 _TIME = re.compile(r"([01][0-9]|2[0-3]):([0-5][0-9])|24:00")
 _RATE = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?([kMG]?)(bit|B)/s")
 _SCALE = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9}
+_DURATION = re.compile(r"([0-9]{1,6})([smhd]?)")
+_UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400}
+_SPACE = re.compile(r"([0-9]{1,9}) ?(%|MB|GB|TB)")
+_SIZES = {"%": 1, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 #: Below this, in bytes/s, even what keeps a connection alive would be late.
 _LEAST_RATE = 8e3
 
@@ -146,6 +150,44 @@ class Bandwidth:
 
 
 @dataclass(frozen=True, slots=True)
+class History:
+    """How long the replica remembers: everything for ``all``, then a state for each hour, then one for each day.
+
+    ``space`` is how much of its filesystem the history may take. With ``all`` 0 there is none.
+    """
+
+    all: str = "24h"
+    hourly: str = "7d"
+    daily: str = "90d"
+    space: str = "20%"
+
+    def validate(self, where: str) -> None:
+        durations = [_duration(f"{where}.{name}", getattr(self, name)) for name in ("all", "hourly", "daily")]
+        _space(f"{where}.space", self.space)
+        if durations[0] and sorted(durations) != durations:
+            raise ConfigError(where, f"all {self.all}, hourly {self.hourly}, daily {self.daily}: each must be longer")
+
+    @property
+    def enabled(self) -> bool:
+        """Whether there is one."""
+        return self.seconds("all") > 0
+
+    @property
+    def longest(self) -> int:
+        """Seconds after which all is forgotten."""
+        return self.seconds("daily")
+
+    def seconds(self, name: str) -> int:
+        """``all``, ``hourly`` or ``daily`` in seconds."""
+        return _duration(name, getattr(self, name))
+
+    def space_of(self, size: int) -> int:
+        """``space`` in bytes, on a filesystem of ``size`` bytes."""
+        share, number = _space("space", self.space)
+        return size * number // 100 if share else number
+
+
+@dataclass(frozen=True, slots=True)
 class NodeGroup:
     """A protection group as one of its two nodes sees it."""
 
@@ -156,6 +198,7 @@ class NodeGroup:
     rpo: Rpo = field(default_factory=Rpo)
     bandwidth: Bandwidth = field(default_factory=Bandwidth)
     compress: bool = True
+    history: History = field(default_factory=History)
 
     def validate(self, where: str) -> None:
         if not self.paths:
@@ -421,6 +464,22 @@ def _rate(where: str, value: str) -> float:
             "in bit/s, kbit/s, Mbit/s, Gbit/s, B/s, kB/s, MB/s or GB/s",
         )
     return rate
+
+
+def _duration(where: str, value: str) -> int:
+    """The seconds of a text such as 24h."""
+    found = _DURATION.fullmatch(value)
+    if not found:
+        raise ConfigError(where, f"{value!r} is not a duration, such as 30m, 24h or 90d; 0 is none")
+    return int(found[1]) * _UNITS[found[2]]
+
+
+def _space(where: str, value: str) -> tuple[bool, int]:
+    """Whether a text such as 20% or 50GB is a share, and its number of percent or bytes."""
+    found = _SPACE.fullmatch(value)
+    if not found or (found[2] == "%" and int(found[1]) > 90):
+        raise ConfigError(where, f"{value!r} is not a size; allowed: up to 90%, or a number of MB, GB or TB")
+    return found[2] == "%", int(found[1]) * _SIZES[found[2]]
 
 
 def _days(where: str, value: str) -> frozenset[int]:

@@ -18,7 +18,19 @@ from farshore.config import NodeRef, Tls
 from farshore.control import api, client
 from farshore.dbm import sender, uploads, wire
 from farshore.dbm.blocks import BlockWriter
-from farshore.dbm.messages import Begin, Commit, Hello, MakeSymlink, Meta, Nak, Put, Refused, Welcome
+from farshore.dbm.messages import (
+    Ack,
+    Applied,
+    Begin,
+    Commit,
+    Hello,
+    MakeSymlink,
+    Meta,
+    Nak,
+    Put,
+    Refused,
+    Welcome,
+)
 from farshore.dbm.record import Record, load, store
 from farshore.dbm.replica.build import Building
 from farshore.dbm.replica.stage import Stage
@@ -159,8 +171,11 @@ async def test_a_replica_that_cannot_write_says_so_and_recovers(pair: Pair) -> N
 
         patch.setattr(Stage, "create", full)
         (pair.local_tree / "x").write_text("1")
-        await until(lambda: group._sender is not None and "No space left" in group._sender.reason, "no reason")
+        await until(lambda: group._sender is not None and "No space left" in group._sender.stalled, "no reason")
         assert not obstacle.exists()
+        with pytest.raises(NotInTime, match="No space left"):
+            await group.flush(0.2)
+        await group.flush(20.0, durable=True)
     await in_step(pair)
     assert obstacle.read_text() == "1"
 
@@ -173,6 +188,15 @@ async def stream(pair: Pair, who: str, hello: Hello) -> tuple[asyncio.StreamRead
     reader, writer = await tls.connect(NodeRef("remote", "127.0.0.1", pair.remote.port), tls.client_context(keys))
     writer.write(wire.frame(hello))
     return reader, writer, await sender._CODEC.read(reader, "remote")
+
+
+async def verdict_of(reader: asyncio.StreamReader) -> object:
+    """What the replica says, in the end, of what it was sent: None when it ends the connection."""
+    inbox = sender._Inbox(reader, "remote")
+    answer = await inbox.next()
+    while isinstance(answer, (Ack, Applied)) and not (isinstance(answer, Applied) and answer.seq):
+        answer = await inbox.next()
+    return answer
 
 
 async def test_only_the_groups_own_source_is_welcome(pair: Pair) -> None:
@@ -214,8 +238,7 @@ async def test_no_path_leads_out_of_the_root(pair: Pair, path: bytes) -> None:
     reader, writer, answer = await stream(pair, "local", Hello(wire.PROTOCOL, "web", 1, ["/srv/www"]))
     assert isinstance(answer, Welcome)
     await BlockWriter(writer).send([wire.frame(m) for m in (Begin(1, 1), Put(0, path, META, b"evil"), Commit(1))])
-    verdict = await sender._Inbox(reader, "remote").next()
-    assert verdict is None or isinstance(verdict, Nak)
+    assert isinstance(await verdict_of(reader), Nak | None)
     assert {p: p.lstat().st_mtime_ns for p in pair.base.rglob("*") if "state" not in str(p)} == before
     writer.close()
 
@@ -233,7 +256,7 @@ async def test_a_symlink_made_in_the_same_transaction_is_not_followed(pair: Pair
         Commit(1),
     )
     await BlockWriter(writer).send([wire.frame(message) for message in messages])
-    assert isinstance(await sender._Inbox(reader, "remote").next(), Nak)
+    assert isinstance(await verdict_of(reader), Nak)
     assert list(outside.iterdir()) == []
     writer.close()
 

@@ -21,6 +21,7 @@ from farshore import delta
 from farshore.dbm import receiver
 from farshore.dbm.messages import (
     Ack,
+    Applied,
     Begin,
     Chunk,
     Commit,
@@ -61,7 +62,10 @@ BIG = 3_000_000
 
 
 def staged(replica: Replica) -> list[str]:
-    return sorted(os.listdir(replica.state / "0" / "stage")) if (replica.state / "0" / "stage").exists() else []
+    """The temporary files that are left once the trees are synced; what is kept is in folders."""
+    replica.work(replica.applier.checkpoint)
+    stage = replica.state / "0" / "stage"
+    return sorted(path.name for path in stage.iterdir() if not path.is_dir()) if stage.exists() else []
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
@@ -73,15 +77,15 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 
 def hold_commits(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
-    """No group is applied until the event that is returned is set."""
+    """Nothing that is accepted is applied until the event that is returned is set."""
     gate = threading.Event()
-    commit = Applier.commit
+    work = Applier.work
 
-    def late(self: Applier, *arguments: Any) -> Any:
+    def late(self: Applier) -> None:
         gate.wait(60)
-        return commit(self, *arguments)
+        work(self)
 
-    monkeypatch.setattr(Applier, "commit", late)
+    monkeypatch.setattr(Applier, "work", late)
     return gate
 
 
@@ -98,40 +102,66 @@ def test_transactions_follow_each_other(replica: Replica) -> None:
 
 
 def test_a_group_is_acknowledged_once(replica: Replica, monkeypatch: pytest.MonkeyPatch) -> None:
-    gate = hold_commits(monkeypatch)
+    gate = threading.Event()
+    accept = Applier.accept
+
+    def late(self: Applier, transactions: Any) -> None:
+        gate.wait(60)
+        accept(self, transactions)
+
+    monkeypatch.setattr(Applier, "accept", late)
     for number in range(20):
         replica.source.put(*replica.transaction(Put(0, b"f%d" % number, FILE, b"x")))
     replica.source.put(Ping())
     assert isinstance(replica.source.read(), Pong)
-    wait_for(lambda: len(staged(replica)) == 20)
     gate.set()
     acks = []
     while not acks or acks[-1] < replica.seq:
-        answer = replica.source.verdict()
-        assert isinstance(answer, Ack)
-        acks.append(answer.seq)
+        answer = replica.source.read()
+        if isinstance(answer, Ack):
+            acks.append(answer.seq)
     assert len(acks) <= 3
 
 
-def test_what_follows_a_refused_transaction_is_not_taken(replica: Replica) -> None:
+def test_what_is_durable_is_acknowledged_before_it_is_applied(
+    replica: Replica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = hold_commits(monkeypatch)
+    replica.source.put(*replica.transaction(Put(0, b"f", FILE, b"x")))
+    assert replica.source.read() == Ack(1)
+    assert os.listdir(replica.root) == []
+    gate.set()
+    assert replica.source.read() == Applied(1, [], "")
+    assert os.listdir(replica.root) == ["f"]
+
+
+def test_what_does_not_fit_into_the_tree_is_in_doubt(replica: Replica) -> None:
+    """It is left out, and told, now and to the next connection, until the source is in step."""
     frames: list[object] = []
     for path in (b"a", b"b", b"missing/c", b"d", b"e"):
         frames += replica.transaction(Put(0, path, FILE, b"x"))
     replica.source.put(*frames, Ping())
-    answers = []
-    while not any(isinstance(answer, Nak) for answer in answers):
-        answers.append(replica.source.read())
-    answers = [answer for answer in answers if not isinstance(answer, Pong)]
-    assert isinstance(answers[-2], Ack)
-    assert answers[-2].seq == 2
-    assert isinstance(answers[-1], Nak)
-    assert (answers[-1].seq, answers[-1].path, answers[-1].unknown_base) == (3, b"missing/c", True)
+    seen = [replica.source.read()]
+    while not isinstance(seen[-1], Nak):
+        seen.append(replica.source.read())
+    nak = seen[-1]
+    assert isinstance(nak, Nak)
+    assert (nak.seq, nak.path, nak.unknown_base) == (3, b"missing/c", True)
+    wait_for(lambda: replica.applier.applied == 5)
     replica.source.put(*replica.transaction(Put(0, b"f", FILE, b"x")), ListTree(False), Ping())
     wait_for(lambda: isinstance(replica.source.read(), Pong))
     assert replica.disconnect() is None
-    assert sorted(os.listdir(replica.root)) == ["a", "b"]
-    assert replica.applier.started == 3
+    assert sorted(os.listdir(replica.root)) == ["a", "b", "d", "e"]
+    assert replica.applier.started == 5
     assert staged(replica) == []
+    replica.close()
+    replica.open()
+    assert replica.applier.doubts == [(0, b"missing/c")]
+    replica.seq = 10
+    assert isinstance(replica.send(MakeDir(0, b"missing", DIRECTORY), Put(0, b"missing/c", FILE, b"x")), Ack)
+    replica.source.put(InStep())
+    wait_for(lambda: replica.gate.in_steps == 1)
+    assert replica.applier.doubts == []
 
 
 def test_questions_are_answered_after_what_came_before(replica: Replica) -> None:
@@ -161,8 +191,8 @@ def test_questions_are_answered_after_what_came_before(replica: Replica) -> None
 def test_problems_are_told(replica: Replica) -> None:
     answer = replica.send(Put(0, b"f", Meta(0o644, os.getuid(), os.getgid(), 1, 1, [(b"strange.x", b"v")]), b"x"))
     assert isinstance(answer, Ack)
-    assert len(answer.problems) == 1
-    assert replica.gate.problems == answer.problems
+    assert len(replica.source.problems) == 1
+    assert replica.gate.problems == replica.source.problems
 
 
 @pytest.mark.parametrize("mode", [0, 0o400, 0o600, 0o644, 0o777, 0o4755, 0o2711, 0o1666])
@@ -547,10 +577,12 @@ def test_the_owner_changes_in_the_middle(replica: Replica) -> None:
     replica.gate.checks = check
     assert isinstance(replica.send(Put(0, b"a", FILE, b"x")), Ack)
     replica.source.put(Begin(1, replica.begin()), Put(0, b"b", FILE, b"x"), Ping())
-    assert isinstance(replica.source.read(), Pong)
+    wait_for(lambda: isinstance(replica.source.read(), Pong))
     old.set()
     replica.source.put(Commit(replica.seq), *replica.transaction(Put(0, b"c", FILE, b"x")))
     answer = replica.source.read()
+    while isinstance(answer, (Applied, Pong)):
+        answer = replica.source.read()
     assert isinstance(answer, Refused)
     assert answer.stale
     assert replica.ended() is None
@@ -592,13 +624,13 @@ def test_an_interrupt_ends_what_takes_long(replica: Replica, monkeypatch: pytest
 def test_a_source_that_reads_nothing_is_not_read_either(replica: Replica, monkeypatch: pytest.MonkeyPatch) -> None:
     """What waits in memory is bounded."""
     hold = threading.Event()
-    put = staging.Stager._put
+    operation = staging.Stager._operation
 
-    def late(self: staging.Stager, operation: Put) -> Any:
+    def late(self: staging.Stager, *arguments: Any) -> None:
         hold.wait(60)
-        return put(self, operation)
+        operation(self, *arguments)
 
-    monkeypatch.setattr(staging.Stager, "_put", late)
+    monkeypatch.setattr(staging.Stager, "_operation", late)
     source = replica.source
     source.sock.settimeout(3)
     sent = 0
@@ -675,8 +707,9 @@ def test_a_kill_at_any_moment_leaves_whole_files(tmp_path: Path, step: int) -> N
     try:
         source.put(*frames)
         while acked < 3 and (answer := source.read()) is not None:
-            assert isinstance(answer, Ack)
-            acked = answer.seq
+            assert isinstance(answer, (Ack, Applied, Uploaded))
+            if isinstance(answer, Ack):
+                acked = answer.seq
     except (BrokenPipeError, ConnectionError):
         pass
     ours.close()
@@ -685,16 +718,18 @@ def test_a_kill_at_any_moment_leaves_whole_files(tmp_path: Path, step: int) -> N
     for name in {name for name in names if not name.startswith(".")} - {"d1", "d3"}:
         content = (root / name).read_bytes()
         assert content in (old, new, b"n" * 5000), name
-    for seq in range(1, acked + 1):
-        assert (root / f"f{seq - 1}").read_bytes() == b"n" * 5000
-        assert (root / f"l{seq}").read_bytes() == b"n" * 5000
-    if acked >= 2:
-        assert (root / "big").read_bytes() == new
     again = Replica(tmp_path)
     try:
-        assert acked <= again.applier.started <= 3
         applied = [seq for seq in (1, 2, 3) if f"l{seq}" in names or (root / f"f{seq - 1}").stat().st_size == 5000]
-        assert max(applied, default=0) <= again.applier.started
+        assert max([acked, *applied]) <= again.applier.started <= 3
+        again.work(again.applier.drain)
+        for seq in range(1, again.applier.started + 1):
+            assert (root / f"f{seq - 1}").read_bytes() == b"n" * 5000
+            assert (root / f"l{seq}").read_bytes() == b"n" * 5000
+            assert (root / f"l{seq}").stat().st_ino == (root / f"n{seq}").stat().st_ino
+        if again.applier.started >= 2:
+            assert (root / "big").read_bytes() == new
+        assert again.applier.doubts == []
         assert staged(again) == []
         assert not any(name.startswith(".") for name in os.listdir(root))
         again.seq = 10
@@ -703,14 +738,30 @@ def test_a_kill_at_any_moment_leaves_whole_files(tmp_path: Path, step: int) -> N
         again.finish()
 
 
-def test_staging_fails_in_one_place_only(replica: Replica, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_stops_the_applying_and_loses_nothing(replica: Replica, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Stage, "create", full)
+    replica.source.put(*replica.transaction(MakeDir(0, b"d", DIRECTORY), Put(0, b"f", FILE, b"x")))
+    assert replica.source.read() == Ack(1)
+    told = replica.source.read()
+    assert isinstance(told, Applied)
+    assert told.seq == 0
+    assert "No space left" in told.stalled
+    assert not (replica.root / "f").exists()
+    monkeypatch.undo()
+    replica.work(replica.applier.tend)
+    assert replica.source.read() == Applied(1, [], "")
+    assert (replica.root / "f").read_text() == "x"
+
+
+def test_a_full_disk_refuses_what_it_cannot_make_durable(replica: Replica, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("farshore.dbm.replica.commit.RESERVE_BYTES", 1 << 60)
+    monkeypatch.setattr("farshore.dbm.replica.commit.RESERVE_SHARE", 1)
     answer = replica.send(Put(0, b"f", FILE, b"x"))
     assert isinstance(answer, Nak)
-    assert not answer.unknown_base
+    assert (answer.seq, answer.unknown_base) == (1, False)
     assert "No space left" in answer.reason
     monkeypatch.undo()
     assert isinstance(replica.send(Put(0, b"f", FILE, b"x")), Ack)

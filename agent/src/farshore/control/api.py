@@ -55,10 +55,14 @@ class Thaw(_Message, frozen=True, tag="thaw"):
 
 
 class Flush(_Message, frozen=True, tag="flush"):
-    """Answer Done when all changes made before the call are durable on the other side. group "" means all."""
+    """Answer Done when the other side's tree has all changes made before the call. group "" means all.
+
+    ``durable``: answer already when they are durable there.
+    """
 
     timeout: float
     group: str = ""
+    durable: bool = False
 
 
 class Pause(_Message, frozen=True, tag="pause"):
@@ -96,7 +100,9 @@ class GroupStatus(msgspec.Struct, frozen=True):
     newer epoch), "frozen", "error".
     ``rpo``: age of the oldest change that is not yet durable on the other side, 0 when there is none, None on
     the side that doesn't own the group. ``in_step``: this node owns the group and everything seen so far is
-    durable on the other side.
+    durable on the other side. ``backlog_bytes``: what this replica has made durable and not applied to its tree yet.
+    ``history_since``: seconds since the epoch of the oldest state that this replica can go back to; ``history_bytes``:
+    what its history takes.
     """
 
     group: str
@@ -114,6 +120,9 @@ class GroupStatus(msgspec.Struct, frozen=True):
     units: dict[str, str]
     problems: list[str]
     synced_once: bool
+    backlog_bytes: int = 0
+    history_since: float | None = None
+    history_bytes: int = 0
 
 
 class NodeStatus(_Message, frozen=True, tag="node-status"):

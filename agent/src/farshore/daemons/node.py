@@ -51,6 +51,8 @@ class Node:
     async def start(self, socket_path: Path | None) -> None:
         """Listen on TLS and, if given, on the control socket; raises StateError when another node has the state."""
         self._lock = durable.lock(self.config.state_dir, "another process uses it")
+        for group in self.groups.values():
+            await group.recover()
         listen = self.config.listen
         try:
             tls_server = await asyncio.start_server(
@@ -149,9 +151,9 @@ class Node:
                 return api.Done(await self._group(name).freeze(epoch, timeout))
             case api.Thaw(group=name, epoch=epoch):
                 return api.Done(await self._group(name).thaw(epoch))
-            case api.Flush(group=name, timeout=timeout):
+            case api.Flush(group=name, timeout=timeout, durable=durable):
                 chosen = self._owned(name)
-                return api.Done("; ".join(await asyncio.gather(*(group.flush(timeout) for group in chosen))))
+                return api.Done("; ".join(await asyncio.gather(*(group.flush(timeout, durable) for group in chosen))))
             case api.Pause(group=name):
                 return api.Done("; ".join([await group.pause() for group in self._owned(name)]))
             case api.Resume(group=name):

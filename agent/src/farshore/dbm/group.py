@@ -9,9 +9,11 @@ import secrets
 import ssl
 import stat
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 from farshore.config import NodeGroup, Side
 from farshore.control import units
@@ -31,6 +33,8 @@ from farshore.log import Log
 _log = Log(__name__)
 _FEED_SECONDS = 60.0
 _RETRY_SECONDS = 0.2
+_TEND_SECONDS = 2.0
+_T = TypeVar("_T")
 
 
 class NotOwner(FarshoreError):
@@ -76,6 +80,7 @@ class Group:
         #: What the roots were when the applier was used last.
         self._applier_roots: tuple[int, ...] = ()
         self._session: asyncio.Task[None] | None = None
+        self._tending: asyncio.Task[None] | None = None
         self._aside_index: Index | None = None
         self._confirmed = False
         self._paused = False
@@ -95,9 +100,16 @@ class Group:
 
     # --- life
 
+    async def recover(self) -> None:
+        """Bring what was acknowledged before this node ended into the tree: before that, nobody is told how it is."""
+        if not self.owns and self._record.epoch and (self._state / "journal").exists():
+            await self._in_worker(self._open_applier)
+            await self._in_worker(self._work)
+
     async def start(self) -> None:
         """Take up the role that is on record."""
         async with self._change:
+            self._tending = asyncio.create_task(self._tend(), name=f"tend {self.name}")
             if not self.owns or self._sender is not None:
                 return
             if self._record.was_in_step:
@@ -111,6 +123,8 @@ class Group:
 
     async def stop(self) -> None:
         """End all work; the role stays on record."""
+        if self._tending is not None:
+            self._tending.cancel()
         async with self._change:
             await self._stop_source()
             await self._stop_replica()
@@ -167,7 +181,39 @@ class Group:
         if self._applier is not None:
             self._applier.interrupt()
         await self._end_session()
-        await asyncio.get_running_loop().run_in_executor(self._worker, self._close_applier)
+        await self._in_worker(self._close_applier)
+
+    async def _finish_replica(self) -> None:
+        """As ``_stop_replica``, with all in the tree that was acknowledged; raises StateError when that cannot be."""
+        if self._applier is not None:
+            self._applier.interrupt()
+        await self._end_session()
+        if (self._state / "journal").exists():
+            await self._in_worker(self._drain)
+        await self._in_worker(self._close_applier)
+
+    def _drain(self) -> None:
+        self._open_applier().drain()
+
+    async def _tend(self) -> None:
+        """What a replica has to do now and then."""
+        while True:
+            await asyncio.sleep(_TEND_SECONDS)
+            with contextlib.suppress(RuntimeError):
+                await self._in_worker(self._work)
+
+    def _work(self) -> None:
+        """In the worker."""
+        applier = self._applier
+        if applier is None:
+            return
+        try:
+            applier.tend()
+        except Exception as error:
+            _log.error("tending the replica failed", error, group=self.name)
+
+    async def _in_worker(self, call: Callable[..., _T], *args: object) -> _T:
+        return await asyncio.get_running_loop().run_in_executor(self._worker, call, *args)
 
     def _on_confirmed(self) -> None:
         self._confirmed = True
@@ -213,7 +259,7 @@ class Group:
     async def _become_owner(self, epoch: int, with_units: bool) -> None:
         was_owner = self.owns
         await self._stop_source()
-        await self._stop_replica()
+        await self._finish_replica()
         keep = self._record.keep_aside if was_owner else True
         self._store(
             replace(
@@ -283,8 +329,8 @@ class Group:
         if not self.owns:
             raise NotOwner(self.name, self._record.owner, self.config.side)
 
-    async def flush(self, timeout: float) -> str:
-        """Return when all changes made before the call are durable on the other side.
+    async def flush(self, timeout: float, durable: bool = False) -> str:
+        """Return when the other side's tree has all changes made before the call; with ``durable``, its journal does.
 
         Raises NotOwner, Paused, or NotInTime with what is missing.
         """
@@ -300,7 +346,8 @@ class Group:
         except TimeoutError:
             why = "; ".join(feed.problems()) or "the watcher is still starting"
             raise NotInTime(f"flush of group {self.name}", timeout, why) from None
-        await sender.wait_durable(mark, max(0.05, timeout - (time.monotonic() - started)))
+        left = max(0.05, timeout - (time.monotonic() - started))
+        await sender.wait_durable(mark, left, applied=not durable)
         return f"all of {self.name} is durable on {self.config.peer.node}"
 
     @staticmethod
@@ -352,13 +399,27 @@ class Group:
                 )
                 _log.warning("the tree is not the one that was filled; it is compared in full", group=self.name)
             self._session = asyncio.current_task()
-            loop = asyncio.get_running_loop()
-            applier = await loop.run_in_executor(self._worker, self._open_applier)
-            started, uploads = await loop.run_in_executor(self._worker, lambda: (applier.started, applier.suspended()))
+            applier = await self._in_worker(self._open_applier)
+            if applier.diverged:
+                self._store(replace(self._record, lineage=secrets.token_hex(16), synced_once=False, was_in_step=False))
+                _log.warning("the tree is compared in full", group=self.name, reason=applier.diverged)
+                applier.diverged = ""
+            lineage = bytes.fromhex(self._record.lineage)
+
+            def welcome() -> Welcome:
+                return Welcome(
+                    wire.PROTOCOL,
+                    lineage,
+                    applier.started,
+                    self._record.was_in_step,
+                    applier.suspended(),
+                    applier.applied,
+                    applier.doubts,
+                )
+
+            greeting = await self._in_worker(welcome)
         self._on_confirmed()
-        lineage = bytes.fromhex(self._record.lineage)
-        welcome = Welcome(wire.PROTOCOL, lineage, started, self._record.was_in_step, uploads)
-        writer.write(wire.frame(welcome))
+        writer.write(wire.frame(greeting))
         _log.info("receiving", group=self.name, source=peer, epoch=hello.epoch)
         try:
             await receiver.serve(reader, writer, peer, applier, self, self._worker, self.config.compress)
@@ -399,7 +460,7 @@ class Group:
             self._close_applier()
         if self._applier is None:
             self._applier_roots = self._root_marks()
-            self._applier = receiver.Applier(self._roots, self._state)
+            self._applier = receiver.Applier(self._roots, self._state, self.config.history)
             index = self._state / "index.db"
             if self._record.keep_aside:
                 self._aside_index = Index(index) if index.exists() else None
@@ -463,10 +524,14 @@ class Group:
         problems = list(self._replica_problems)
         if sender is not None:
             problems += sender.problems() + (self._feed.problems() if self._feed else [])
+        applier = self._applier
+        if applier is not None and applier.stalled:
+            problems.insert(0, f"what was received cannot be applied: {applier.stalled}")
         kept = max(self._kept_aside, self._applier.kept_aside if self._applier else 0)
         if kept:
             problems.append(f"{kept} files that only this side had are kept in {self._state / 'aside'}")
         state, reason = self._state_and_reason()
+        since = applier.history.since_ns if applier is not None else None
         return GroupStatus(
             group=self.name,
             side=self.config.side,
@@ -483,6 +548,9 @@ class Group:
             units=await units.states(self.config.units),
             problems=problems,
             synced_once=self._record.synced_once,
+            backlog_bytes=applier.backlog if applier is not None else 0,
+            history_since=None if since is None else since / 1e9,
+            history_bytes=applier.history.kept if applier is not None else 0,
         )
 
     def _in_step(self) -> bool:

@@ -2,9 +2,10 @@
 
 One connection carries one group, so that a group that is slow, held or paused never stands in the way of another:
 TCP does the multiplexing and the back-pressure. The source leads and does not wait: transactions follow each other,
-and the replica acknowledges them cumulatively. A transaction is ``Begin``, its operations, and ``Commit``. The
-content of a large file comes before the transaction that puts it into place, as an upload (``Upload`` and its
-``Chunk`` frames), in pieces between transactions and within them, so that it holds nothing up.
+and the replica acknowledges them cumulatively: when they are durable, and again when its tree has them. A transaction
+is ``Begin``, its operations, and ``Commit``. The content of a large file comes before the transaction that puts it into
+place, as an upload (``Upload`` and its ``Chunk`` frames), in pieces between transactions and within them, so that it
+holds nothing up.
 """
 
 from __future__ import annotations
@@ -192,9 +193,13 @@ class Drop(_Message, frozen=True, tag="drop"):
 
 
 class Commit(_Message, frozen=True, tag="commit"):
-    """The transaction is complete: make it durable, apply it, acknowledge it."""
+    """The transaction is complete: make it durable, acknowledge it, and apply it.
+
+    ``more``: the next one belongs to the same state. They are applied together, once the last of them is there.
+    """
 
     seq: int
+    more: bool = False
 
 
 class InStep(_Message, frozen=True, tag="in-step"):
@@ -244,8 +249,8 @@ class Partial(msgspec.Struct, frozen=True, array_like=True):
 class Welcome(_Message, frozen=True, tag="welcome"):
     """``lineage`` names the history of this replica's tree: a source that knows another one compares in full.
 
-    ``started`` is the last transaction that the replica began to apply: what the source has no acknowledgement for
-    up to there may have been applied in full, in part, or not at all, and what comes after it was not. ``was_in_step``:
+    ``started`` is the last transaction that the replica has made durable; up to ``applied``, its tree has them too.
+    ``doubts`` are paths where something did not fit into the tree: they must be sent anew. ``was_in_step``:
     this side was frozen and in step with the source when it became the replica, so a comparison need not read
     contents. ``uploads`` can be gone on with; those that are not are dropped when the replica is in step.
     """
@@ -255,6 +260,8 @@ class Welcome(_Message, frozen=True, tag="welcome"):
     started: int
     was_in_step: bool
     uploads: list[Partial]
+    applied: int
+    doubts: list[tuple[int, bytes]]
 
 
 class Refused(_Message, frozen=True, tag="refused"):
@@ -266,14 +273,25 @@ class Refused(_Message, frozen=True, tag="refused"):
 
 
 class Ack(_Message, frozen=True, tag="ack"):
-    """All transactions up to ``seq`` are durable; ``problems`` names metadata that could not be kept, by cause."""
+    """All transactions up to ``seq`` are durable."""
+
+    seq: int
+
+
+class Applied(_Message, frozen=True, tag="applied"):
+    """The tree has all transactions up to ``seq``; ``problems`` names metadata that could not be kept, by cause.
+
+    ``stalled`` says why nothing more is applied at the moment, "" if nothing stands in the way.
+    """
 
     seq: int
     problems: list[str]
+    stalled: str
 
 
 class Nak(_Message, frozen=True, tag="nak"):
-    """Transaction ``seq`` (0: an upload) was not taken, nor will be anything that follows on this connection.
+    """Transaction ``seq`` (0: an upload) was not taken, nor will be anything that follows on this connection; or it was
+    taken, but not all of it fits into the tree.
 
     With ``unknown_base``, what the source believes of ``path`` is wrong: it must forget it and send anew. Otherwise
     the cause is the replica's (a full disk, for example) and the same transaction may succeed later.
@@ -328,4 +346,4 @@ class Pong(_Message, frozen=True, tag="pong"):
     """I am here."""
 
 
-FromReplica = Welcome | Refused | Ack | Nak | Entries | SignaturePart | NoSignature | Uploaded | Pong
+FromReplica = Welcome | Refused | Ack | Applied | Nak | Entries | SignaturePart | NoSignature | Uploaded | Pong

@@ -1,8 +1,8 @@
 """The replica's end of a group's stream.
 
-The event loop reads blocks, sorts what is in them, and sends answers. Contents are staged by one thread
-(``replica.staging``), uploads fed by another (``replica.upload``), and groups of transactions made durable and applied
-by the group's worker (``replica.commit``). Queues between them are bounded: when one is full, nothing more is read.
+The event loop reads blocks, sorts what is in them, and sends answers. Transactions are staged and made durable by one
+thread (``replica.staging``), uploads fed by another (``replica.upload``), and what was made durable is applied by the
+group's worker (``replica.commit``). Queues between them are bounded: when one is full, nothing more is read.
 Only what survives a power cut is acknowledged.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol, TypeVar
 
@@ -19,6 +19,7 @@ from farshore.dbm.blocks import BlockReader, BlockWriter, tune
 from farshore.dbm.messages import (
     MAX_UPLOADS,
     Ack,
+    Applied,
     Begin,
     Chunk,
     Commit,
@@ -41,7 +42,7 @@ from farshore.dbm.messages import (
     WantSignature,
 )
 from farshore.dbm.messages import Upload as UploadFrame
-from farshore.dbm.replica.commit import Applier, refusal
+from farshore.dbm.replica.commit import Applier, Listener, refusal
 from farshore.dbm.replica.intake import Inbox, Switch
 from farshore.dbm.replica.staging import Item, Stager, metadata_size
 from farshore.dbm.replica.upload import Upload, Uploader
@@ -134,7 +135,7 @@ class _Outbox:
         self._emptied.set()
 
 
-class _Session:
+class _Session(Listener):
     """One connection."""
 
     def __init__(
@@ -170,6 +171,9 @@ class _Session:
         self._alive: list[Upload] = []
         #: A transaction or an upload was refused: all that follows is read and not taken.
         self._refused = False
+        #: What has been answered: nothing is told to be applied before it was told to be durable.
+        self._acked = 0
+        self._applied: Applied | None = None
         self._settling: asyncio.Future[bool] | None = None
         self._failure: asyncio.Future[None] = self._loop.create_future()
         # What is sorted out of the block at hand.
@@ -181,6 +185,7 @@ class _Session:
     async def run(self) -> None:
         """Serve until the stream ends; raises what ends it otherwise."""
         self._applier.begin_session()
+        self._applier.listener = self
         self._stager.start()
         self._uploader.start()
         tasks: list[asyncio.Future[None]] = [
@@ -207,6 +212,7 @@ class _Session:
         self._operations.end()
         self._chunks.end()
         self._applier.stop_reading()
+        self._applier.forget_calls()
         if not self._failure.done():
             self._failure.cancel()
         elif not self._failure.cancelled():
@@ -221,6 +227,9 @@ class _Session:
                 upload.abandoned = True
             self._uploader.join(None)
         self._applier.abandon(self._stager.join())
+        self._applier.forget_calls()
+        if self._applier.listener is self:
+            self._applier.listener = Listener()
         for upload in self._alive:
             if not upload.closed:
                 self._applier.suspend(upload)
@@ -229,15 +238,21 @@ class _Session:
     # --- what arrives
 
     async def _read(self) -> None:
-        while (bodies := await self._blocks.read()) is not None:
+        while (bodies := await self._next()) is not None:
             for body in bodies:
                 message = CODEC.decode(body, self._peer)
-                if not self._sort(message):
+                if not self._sort(message, body):
                     await self._answer(message)
             await self._flush()
             await self._outbox.room()
 
-    def _sort(self, message: FromSource) -> bool:
+    async def _next(self) -> list[bytes] | None:
+        # A source that is gone is no fault of its stream, however it went.
+        with contextlib.suppress(ConnectionError):
+            return await self._blocks.read()
+        return None
+
+    def _sort(self, message: FromSource, body: bytes) -> bool:
         """Put a message in its queue; False when it is a question, which is answered before anything else is read."""
         kind = type(message)
         if kind is Ping or kind is ListTree or kind is WantSignature:
@@ -245,7 +260,7 @@ class _Session:
         if self._refused:
             return True
         if kind is Put:
-            self._add(message, len(message.data) + metadata_size(message))  # type: ignore[union-attr, arg-type]
+            self._add((message, body, None), len(body) + 200)  # type: ignore[arg-type]
         elif isinstance(message, Chunk):
             self._chunk(message)
         elif isinstance(message, Begin):
@@ -256,7 +271,7 @@ class _Session:
         elif isinstance(message, UploadFrame):
             self._upload(message)
         elif isinstance(message, Patch):
-            self._patch(message)
+            self._patch(message, body)
         elif isinstance(message, Drop):
             upload = self._take_out(message.upload)
             self._pieces.append((upload, None, True))
@@ -265,7 +280,7 @@ class _Session:
         elif isinstance(message, Hello):
             raise ProtocolError(self._peer, "Hello for a second time")
         else:
-            self._add(message, metadata_size(message))  # type: ignore[arg-type]
+            self._add((message, body, None), metadata_size(message))  # type: ignore[arg-type]
         return True
 
     def _add(self, item: Item, size: int) -> None:
@@ -284,8 +299,10 @@ class _Session:
         self._pieces, self._pieces_size = [], 0
 
     def _in_step(self) -> None:
-        self._gate.in_step()
-        self._worker.submit(self._applier.drop_suspended)
+        """In the worker, once all before is applied."""
+        self._applier.settle_doubts()
+        self._applier.drop_suspended()
+        self._loop.call_soon_threadsafe(self._gate.in_step)
 
     # --- uploads
 
@@ -322,10 +339,10 @@ class _Session:
         self._pieces.append((upload, chunk.data, chunk.last))
         self._pieces_size += len(chunk.data) + 100
 
-    def _patch(self, patch: Patch) -> None:
+    def _patch(self, patch: Patch, body: bytes) -> None:
         if patch.upload not in self._sent:
             raise ProtocolError(self._peer, f"a Patch with upload {patch.upload}, which is not complete")
-        self._add((patch, self._take_out(patch.upload)), metadata_size(patch))
+        self._add((patch, body, self._take_out(patch.upload)), metadata_size(patch))
 
     def _take_out(self, number: int) -> Upload:
         upload = self._open.pop(number, None)
@@ -354,24 +371,45 @@ class _Session:
 
     # --- answers
 
-    def _deliver(self, answers: list[Ack | Nak], then: list[Callable[[], None]]) -> None:
-        """From the worker: a group is done."""
-        self._loop.call_soon_threadsafe(self._answered, answers, then)
+    def _deliver(self, answers: Sequence[Ack | Nak]) -> None:
+        """From the stager: a group is accepted, or not."""
+        self._loop.call_soon_threadsafe(self._answered, answers)
 
-    def _answered(self, answers: list[Ack | Nak], then: list[Callable[[], None]]) -> None:
+    def _answered(self, answers: Sequence[Ack | Nak]) -> None:
         for answer in answers:
-            self._outbox.put(answer)
             if isinstance(answer, Ack):
-                self._gate.problem(answer.problems)
-            else:
+                self._acked = answer.seq
+                self._outbox.put(answer)
+                if self._applied is not None:
+                    self._tell_applied(self._applied)
+            elif not self._refused:
+                self._outbox.put(answer)
                 _log.warning("refused", peer=self._peer, seq=answer.seq, path=answer.path, reason=answer.reason)
                 self._refused = True
+                self._stager.stop()
                 self._operations.shut()
                 self._chunks.shut()
                 if self._settling is not None and not self._settling.done():
                     self._settling.set_result(False)
-        for call in then:
-            call()
+
+    def applied(self, seq: int, problems: list[str], stalled: str) -> None:
+        """In the worker."""
+        self._loop.call_soon_threadsafe(self._tell_applied, Applied(seq, problems, stalled))
+        self._switch.notify()
+
+    def _tell_applied(self, message: Applied) -> None:
+        self._applied = None
+        if message.problems:
+            self._gate.problem(message.problems)
+        if message.seq > self._acked:
+            # The worker was quicker than the answer to what was accepted.
+            self._applied = message
+        else:
+            self._outbox.put(message)
+
+    def doubted(self, nak: Nak) -> None:
+        """In the worker: an operation was left out."""
+        self._loop.call_soon_threadsafe(self._answered, [nak])
 
     def _fail(self, error: BaseException) -> None:
         """From any thread: the connection cannot go on."""
@@ -401,9 +439,13 @@ class _Session:
             return False
         done = self._settling = self._loop.create_future()
 
-        def settle() -> None:
+        def told() -> None:
             if not done.done():
                 done.set_result(True)
+
+        def settle() -> None:
+            self._applier.checkpoint()
+            self._loop.call_soon_threadsafe(told)
 
         if not self._operations.put([settle], 0):
             await self._telling(Pong(), self._operations.room())

@@ -33,6 +33,7 @@ from farshore.dbm.blocks import BlockReader, BlockWriter, tune
 from farshore.dbm.index import LINEAGE, SEQ, Index, IndexDamaged, Known, clamp_time, is_damage, set_aside
 from farshore.dbm.messages import (
     Ack,
+    Applied,
     Entries,
     Entry,
     FromReplica,
@@ -234,12 +235,17 @@ class Sender:
         self._told_in_step = False
         self._doubts_below = 0
         self._naks = 0
+        #: What the replica left out and was sent anew since it was last in step.
+        self._doubted: set[tuple[int, bytes]] = set()
         self.connected = False
         self.comparing = False
         self.compared = False
         self.reason = "not connected yet"
-        #: The last transaction that the replica has made durable.
+        #: The last transaction that the replica has made durable, and the last that its tree has.
         self.seq = 0
+        self.applied = 0
+        #: Why the replica's tree takes up nothing more, "" if it does.
+        self.stalled = ""
         self._sent_before = 0
         self.replica_problems: dict[str, None] = {}
 
@@ -280,16 +286,27 @@ class Sender:
     def problems(self) -> list[str]:
         """What could not be read here or kept there."""
         mine = list(self._planner.problems.values()) if self._planner else []
-        return mine + [f"{self._peer.node}: {text}" for text in self.replica_problems]
+        stalled = [f"cannot apply what it has received: {self.stalled}"] if self.stalled else []
+        return mine + [f"{self._peer.node}: {text}" for text in [*stalled, *self.replica_problems]]
 
-    async def wait_durable(self, mark: int, timeout: float) -> None:
-        """Return when everything marked below ``mark`` is durable on the replica; raises NotInTime with the cause."""
+    async def wait_durable(self, mark: int, timeout: float, *, applied: bool) -> None:
+        """Return when everything marked below ``mark`` is durable on the replica, and, if ``applied``, in its tree.
+
+        Raises NotInTime with the cause.
+        """
+        until: int | None = None
 
         def done() -> bool:
+            nonlocal until
             lowest = self._dirty.lowest_mark()
             # What a new connection puts in doubt may have changed long before it was marked.
             settled = lowest is None or lowest >= max(mark, self._doubts_below)
-            return self.connected and self.compared and settled and not self._absent()
+            if not (self.connected and self.compared and settled and not self._absent()):
+                until = None
+                return False
+            if until is None:
+                until = self.seq
+            return not applied or self.applied >= until
 
         try:
             async with asyncio.timeout(timeout), self._progress:
@@ -298,8 +315,15 @@ class Sender:
             raise NotInTime(
                 f"flush of group {self._group}",
                 timeout,
-                self._absent() or f"{self._dirty.count()} paths to go; {self.reason}",
+                self._absent() or self._to_go(),
             ) from None
+
+    def _to_go(self) -> str:
+        """What a flush waits for."""
+        count = self._dirty.count()
+        if count == 0 and self.connected:
+            return f"all is durable on {self._peer.node}, but not in its tree yet; {self.stalled or 'it is at work'}"
+        return f"{count} paths to go; {self.reason}"
 
     # --- the loop
 
@@ -402,6 +426,8 @@ class Sender:
         inbox = _Inbox(reader, self._peer.node)
         self._on_confirmed()
         index, planner = await self._in_worker(self._open_index)
+        self.applied = welcome.applied
+        self.stalled = ""
         hints = await self._in_worker(self._resume, index, planner, welcome)
         if hints is None:
             await self._compare(inbox, index, welcome)
@@ -440,24 +466,37 @@ class Sender:
     def _resume(self, index: Index, planner: Planner, welcome: Welcome) -> list[Hint] | None:
         """What must be looked at before the index can be relied on again; None when it must be made anew.
 
-        The replica may have begun transactions whose acknowledgement never came. What they change was written down
-        before they were sent.
+        The replica may have taken transactions whose acknowledgement never came. What they change was written down
+        before they were sent. And it tells which paths do not hold what they should.
         """
         self.seq = int(index.get_fact(SEQ) or b"0")
         if index.get_fact(LINEAGE) != welcome.lineage or self._pending is None:
             return None
-        if welcome.started == self.seq:
-            return []
-        sent = self._pending.between(self.seq, welcome.started)
-        if not sent or any(each.drastic for each in sent):
+        doubts = [(root, path) for root, path in welcome.doubts if 0 <= root < len(self._roots)]
+        if any(each in self._doubted or self._is_directory(index, each) for each in doubts):
+            # Sending it anew did not help, or what is missing is a directory: more is wrong than one path.
+            self._doubted.clear()
             return None
-        self.seq = welcome.started
+        self._doubted.update(doubts)
+        if welcome.started != self.seq:
+            sent = self._pending.between(self.seq, welcome.started)
+            if not sent or any(each.drastic for each in sent):
+                return None
+            self.seq = welcome.started
+            doubts += [path for each in sent for path in each.paths]
+        if not doubts:
+            return []
         index.begin()
-        hints = planner.doubt({path for each in sent for path in each.paths})
+        hints = planner.doubt(set(doubts))
         index.set_fact(SEQ, str(self.seq).encode())
         index.commit()
         self._pending.clear()
         return hints
+
+    @staticmethod
+    def _is_directory(index: Index, path: tuple[int, bytes]) -> bool:
+        known = index.get(*path)
+        return known is not None and known.kind is FileKind.DIRECTORY
 
     async def _compare(self, inbox: _Inbox, index: Index, welcome: Welcome) -> None:
         """Learn what the replica has, as another history made it; then every path is looked at."""
@@ -632,6 +671,7 @@ class Sender:
         self.comparing = False
         if not self._told_in_step and not self._absent():
             self._told_in_step = True
+            self._doubted.clear()
             await self.send([wire.frame(InStep())])
             _log.info("in step", group=self._group, paths=await self._in_worker(index.count))
         await self._note_progress()
@@ -656,18 +696,24 @@ class Sender:
             message = self._checked(await inbox.next())
             self._heard = time.monotonic()
             match message:
-                case Ack(seq=seq, problems=problems):
+                case Ack(seq=seq):
                     if not self.seq < seq <= self._last:
                         raise ProtocolError(self._peer.node, f"Ack({seq}) after {self.seq} of {self._last}")
                     self._naks = 0
                     self.seq = seq
                     while self._flights and self._flights[0].seq <= seq:
                         self._flights.popleft()
-                    for text in problems:
-                        self.replica_problems[text] = None
                     await self._settle()
                     self._acked.set()
                     self._wake.set()
+                case Applied(seq=seq, problems=problems, stalled=stalled):
+                    if seq > self.seq:
+                        raise ProtocolError(self._peer.node, f"Applied({seq}) before it was acknowledged")
+                    self.applied = max(self.applied, seq)
+                    self.stalled = stalled
+                    for text in problems:
+                        self.replica_problems[text] = None
+                    await self._note_progress()
                 case Nak():
                     await self._refused(index, planner, message)
                 case SignaturePart() | NoSignature():
@@ -702,7 +748,9 @@ class Sender:
             raise ReplicaCannot(self._peer.node, nak.reason)
         _log.warning("the replica differs from the index", group=self._group, path=nak.path, reason=nak.reason)
         # What may still be planned meanwhile is rolled back when the connection ends.
-        await self._in_worker(self._distrust, index, planner, nak)
+        if nak.seq > self.seq or not nak.seq:
+            # Otherwise it was taken, and left out later: the next Welcome tells.
+            await self._in_worker(self._distrust, index, planner, nak)
         raise PeerRefused(self._peer.node, nak.reason)
 
     def _distrust(self, index: Index, planner: Planner, nak: Nak) -> None:

@@ -1,33 +1,45 @@
-"""Make groups of staged transactions durable, and apply them to the trees of one protection group.
+"""The replica of one group: transactions are made durable in the journal, then applied to the trees, in order.
 
-A group is made durable as a whole, then the number of its last transaction is written down, then it is applied in
-order, and when its names are durable too, it is acknowledged: what the source was told is there survives a power cut,
-and what it was not told of, it knows to look at.
+``accept`` makes transactions durable: from then on the source is told that they are there, and they survive a power
+cut. ``work`` applies what has been accepted: what each operation finds is written down first (``undo``), so that
+applying it anew after a crash ends alike, and so that there is a history (``history``). From time to time the trees are
+synced and the journal's mark is moved (``checkpoint``).
+
+An operation that the tree does not allow, as it is not what the source believes, is left out, and its path is in doubt:
+the source is told, and sends anew what belongs there. When the disk is full, nothing is left out: applying stops, and
+goes on once there is room.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
+import itertools
 import os
+import stat
 import struct
 import threading
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from farshore import delta
+import msgspec
+
+from farshore import delta, durable
+from farshore.config import History as Retention
 from farshore.dbm import wire
 from farshore.dbm.messages import (
-    Ack,
     Copy,
     Entry,
     Link,
     MakeDir,
     MakeNode,
     MakeSymlink,
+    Meta,
     Move,
     Nak,
     Operation,
@@ -38,36 +50,64 @@ from farshore.dbm.messages import (
 )
 from farshore.dbm.messages import Partial as PartialUpload
 from farshore.dbm.reading import CheckedReader
+from farshore.dbm.replica.history import History
+from farshore.dbm.replica.journal import Journal, Record
 from farshore.dbm.replica.leaves import LeafStore
+from farshore.dbm.replica.mark import Mark, Position
+from farshore.dbm.replica.segments import Place
 from farshore.dbm.replica.stage import Stage, Staged
-from farshore.dbm.replica.tree import BaseUnknown, Tree, syncfs
+from farshore.dbm.replica.tree import BaseUnknown, Tree, exists
+from farshore.dbm.replica.undo import Kept, Moved, Slicer, Todo, WasDirectory, WasMeta, steps
 from farshore.dbm.replica.upload import Interrupted, Upload
-from farshore.errors import ProtocolError, StateError, UnsafePath
+from farshore.dbm.replica.view import View
+from farshore.errors import FarshoreError, ProtocolError, StateError, UnsafePath
 from farshore.fmm.types import FileKind, Root
 from farshore.log import Log
 
 _log = Log(__name__)
-#: Up to this many, single syncs are not slower than writing back the whole filesystem, and wait for nobody else's data.
-_FEW_FILES = 3
-_FEW_DIRECTORIES = 3
 #: Uploads that are kept for the next connection, at most.
 MAX_SUSPENDED = 16
+#: Bytes of accepted transactions that are kept in memory until they are applied; what is more is read from the journal.
+MEMORY_BYTES = 64 << 20
+#: Bytes of accepted transactions after which no more are taken, unless they are held.
+BACKLOG_BYTES = 512 << 20
+#: The trees are synced after so many operations, so many bytes, or so many seconds.
+CHECKPOINT_OPERATIONS = 50_000
+CHECKPOINT_BYTES = 256 << 20
+CHECKPOINT_SECONDS = 10.0
+#: This much stays free on each filesystem that is written to: what was accepted must have room to be applied.
+RESERVE_BYTES = 64 << 20
+#: But no more than this part of a small one.
+RESERVE_SHARE = 20
+#: Paths in doubt that are remembered one by one.
+MAX_DOUBTS = 1000
+#: These stop the applying; any other error leaves the operation out.
+_STOPPING = frozenset(
+    {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EINTR}
+)
+#: So often it is told what was applied, while much is.
+_TELL_SECONDS = 0.02
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _ENTRIES_PER_FRAME = 200
-_READ = 1 << 20
 _NUMBER = struct.Struct(">Q")
+_OPERATIONS: wire.Codec[Operation] = wire.Codec(Operation)
 
 
 @dataclass(slots=True)
 class Transaction:
-    """A transaction as it is staged: its operations, with the files that hold their contents."""
+    """A transaction as it is staged: its operations, and the files that hold contents of them."""
 
     seq: int
     epoch: int
     operations: list[tuple[Operation, Staged | None]] = field(default_factory=list)
+    bodies: list[bytes] = field(default_factory=list)
     uploads: list[Upload] = field(default_factory=list)
     metadata: int = 0
-    #: Where it put a content, for copies within it.
-    contents: dict[tuple[int, bytes], Staged] = field(default_factory=dict)
+    size: int = 0
+    more: bool = False
+    time_ns: int = 0
+    #: The contents that it puts somewhere, for copies within it.
+    contents: dict[tuple[int, bytes], Staged | bytes] = field(default_factory=dict)
     #: Paths whose content or existence it changes.
     touched: set[tuple[int, bytes]] = field(default_factory=set)
 
@@ -78,26 +118,6 @@ class Transaction:
             self.touched.add((operation.root, operation.path))
             if isinstance(operation, Move):
                 self.touched.add((operation.root, operation.to))
-
-
-@dataclass(slots=True)
-class Batch:
-    """Transactions that are made durable together, what ended the taking of more, and what to call afterwards."""
-
-    transactions: list[Transaction] = field(default_factory=list)
-    refusal: Nak | None = None
-    then: list[Callable[[], None]] = field(default_factory=list)
-    operations: int = 0
-    size: int = 0
-    #: Paths whose content or existence it changes.
-    touched: set[tuple[int, bytes]] = field(default_factory=set)
-
-    def add(self, transaction: Transaction, size: int) -> None:
-        """Take up a complete transaction with so many bytes of content and metadata."""
-        self.transactions.append(transaction)
-        self.operations += len(transaction.operations)
-        self.size += size
-        self.touched |= transaction.touched
 
     def touches(self, root: int, path: bytes) -> bool:
         """Whether what is at ``path`` afterwards may not be what is there before."""
@@ -111,21 +131,88 @@ class Batch:
         return True
 
 
-class Applier:
-    """The replica of one group: its trees, the places for staging, and what is kept between connections.
+@dataclass(slots=True)
+class _Waiting:
+    """A transaction that was accepted and is not applied; ``transaction`` is None when it has to be read again."""
 
-    One thread at a time but for ``interrupt``; ``trees`` and ``stages`` say what else is allowed.
+    seq: int
+    more: bool
+    place: Place
+    transaction: Transaction | None
+
+
+class Listener:
+    """Whoever wants to know what becomes of accepted transactions; called in the applier's thread."""
+
+    def applied(self, seq: int, problems: list[str], stalled: str) -> None:
+        """All up to ``seq`` is applied; ``problems`` names metadata that could not be kept.
+
+        ``stalled`` says why nothing else is applied at the moment, "" if nothing stands in the way.
+        """
+
+    def doubted(self, nak: Nak) -> None:
+        """An operation was left out."""
+
+
+class Applier:
+    """The replica of one group: its trees, its journal and history, and what is kept between connections.
+
+    ``accept`` belongs to one thread, everything else to another one, the applier's; ``interrupt``, ``touches``,
+    ``when_applied`` and what can be read of the state may be called from any. Raises StateError.
     """
 
-    def __init__(self, roots: list[tuple[str, Root]], state: Path) -> None:
+    def __init__(
+        self,
+        roots: list[tuple[str, Root]],
+        state: Path,
+        retention: Retention | None = None,
+        now_ns: Callable[[], int] = time.time_ns,
+    ) -> None:
         self.names = [name for name, _ in roots]
         self.trees = [Tree(root.path, root) for _, root in roots]
-        self.stages = [Stage(tree.root, state / str(i)) for i, tree in enumerate(self.trees)]
+        self._state = state
+        self._now_ns = now_ns
+        #: Why the source must compare everything anew: what is recorded here does not tell what the tree holds.
+        self.diverged = ""
+        self._mark = self._open_mark(state)
+        self._journal = Journal(state / "journal", self._mark.position.seq)
+        if self._journal.damage:
+            self.diverged = f"the journal: {self._journal.damage}"
+        position = (self._mark.position.seq + 1, self._mark.position.operations)
+        self.stages = [
+            Stage(tree.root, state / str(i), self._journal.staged, position) for i, tree in enumerate(self.trees)
+        ]
+        self.history = History(
+            state / "history", self.stages, retention or Retention(), self._mark.position.seq, now_ns
+        )
         self.leaves = LeafStore(state)
-        self._started = os.open(state / "started", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        #: Set once, ends all work: what is not applied yet will not be.
+        self._slicer = Slicer(self.trees, self.history.folder)
+        #: Set once, ends all work but the applying of what was accepted.
         self.interrupted = threading.Event()
+        self.listener = Listener()
+        #: Why nothing is applied at the moment, "" if nothing stands in the way.
+        self.stalled = ""
         self._suspended: OrderedDict[tuple[int, bytes], Upload] = OrderedDict()
+        self._lock = threading.Lock()
+        self._waiting: deque[_Waiting] = deque(
+            _Waiting(seq, more, place, None) for seq, more, place in self._journal.found
+        )
+        self._journal.found.clear()
+        self._in_memory = 0
+        self._backlog = sum(each.place.length for each in self._waiting)
+        self._calls: deque[tuple[int, Callable[[], None]]] = deque()
+        self._told_at = 0.0
+        #: What is applied.
+        self._position = self._mark.position
+        #: Where operations that are done again have made files anew.
+        self._redone: set[tuple[int, bytes]] = set()
+        self._operations = self._bytes = 0
+        self._checkpoint_at = time.monotonic()
+        #: What can go once the trees are synced: files of the stage, with their root.
+        self._to_release: list[tuple[int, bytes]] = []
+        self._doubts: dict[tuple[int, bytes], None] = dict.fromkeys(self._load_doubts())
+
+    # --- what may be asked
 
     @property
     def kept_aside(self) -> int:
@@ -134,9 +221,33 @@ class Applier:
 
     @property
     def started(self) -> int:
-        """The last transaction that was begun to be applied; 0 when there was none."""
-        data = os.pread(self._started, _NUMBER.size, 0)
-        return int(_NUMBER.unpack(data)[0]) if len(data) == _NUMBER.size else 0
+        """The last transaction that was accepted; 0 when there was none."""
+        return max(self._journal.last, self._mark.position.seq)
+
+    @property
+    def applied(self) -> int:
+        """The last transaction that was applied in full."""
+        return self._position.seq
+
+    @property
+    def backlog(self) -> int:
+        """Bytes of transactions that were accepted and are not applied yet."""
+        return self._backlog
+
+    @property
+    def doubts(self) -> list[tuple[int, bytes]]:
+        """Paths of which the tree may not hold what was accepted."""
+        return list(self._doubts)
+
+    def touches(self, root: int, path: bytes) -> bool:
+        """Whether something that was accepted and is not applied yet changes what is at ``path``."""
+        with self._lock:
+            waiting = list(self._waiting)
+        return any(each.transaction is None or each.transaction.touches(root, path) for each in waiting)
+
+    def has_room(self) -> bool:
+        """Whether more may be accepted now."""
+        return self.backlog < BACKLOG_BYTES
 
     def interrupt(self) -> None:
         """End the work that is under way, for good; may be called from any thread."""
@@ -169,10 +280,14 @@ class Applier:
                 tree.keep_aside(os.fsencode(directory / str(number)), partial(judge, number))
 
     def close(self) -> None:
-        """Drop all that is staged and give back all handles."""
+        """Drop what is staged for no transaction and give back all handles; what was accepted stays."""
+        with contextlib.suppress(OSError, StateError):
+            self.checkpoint()
         self.drop_suspended()
         self.leaves.close()
-        os.close(self._started)
+        self._mark.close()
+        self._journal.close()
+        self.history.close()
         for stage in self.stages:
             stage.close()
         for tree in self.trees:
@@ -216,6 +331,19 @@ class Applier:
             size = os.fstat(handle).st_size
             return delta.sign(CheckedReader(source, check), length_hint=size).to_bytes()
 
+    # --- the past
+
+    def view(self, root: int, seq: int) -> View:
+        """Root number ``root`` as it was after transaction ``seq``; raises StateError, OSError, NotRemembered."""
+        seq = self.history.check_seq(seq, self.applied)
+        view = View(self.trees[root].root, lambda kept: self._place_of(kept))
+        for step in self.history.back_to(seq):
+            view.undo(step, root)
+        return view
+
+    def _place_of(self, kept: Kept) -> bytes:
+        return b"/".join((self.stages[kept.root].place(), kept.folder, kept.name))
+
     # --- uploads that outlive their connection
 
     def suspended(self) -> list[PartialUpload]:
@@ -252,143 +380,547 @@ class Applier:
         if staged is not None:
             self.stages[upload.root].discard(staged)
 
-    # --- committing
+    # --- accepting
 
-    def commit(self, batch: Batch, check_epoch: Callable[[int], None]) -> list[Ack | Nak]:
-        """Carry out a group; returns what to answer: at most one Ack, and a Nak if something was refused.
-
-        Raises Interrupted when nothing of it was begun, and what ``check_epoch`` raises.
-        """
-        answers: list[Ack | Nak] = []
-        transactions = batch.transactions
-        try:
-            if transactions:
-                for epoch in {transaction.epoch for transaction in transactions}:
-                    check_epoch(epoch)
-                if self.interrupted.is_set():
-                    raise Interrupted
-                answers = self._carry_out(transactions)
-        finally:
-            self.abandon(transactions)
-            self._end()
-        if batch.refusal is not None and not (answers and isinstance(answers[-1], Nak)):
-            answers.append(batch.refusal)
-        return answers
+    def accept(self, transactions: Sequence[Transaction]) -> None:
+        """Make transactions durable; they are applied by ``work``. Raises OSError, and then none was accepted."""
+        if not transactions:
+            return
+        self._check_room(sum(transaction.size for transaction in transactions))
+        now = self._now_ns()
+        records = []
+        for transaction in transactions:
+            transaction.time_ns = now
+            staged = {number: each.name for number, (_, each) in enumerate(transaction.operations) if each is not None}
+            records.append(
+                Record(transaction.seq, transaction.epoch, now, transaction.bodies, staged, transaction.more)
+            )
+        roots = {operation.root for each in transactions for operation, staged in each.operations if staged is not None}
+        for root in roots:
+            self.stages[root].sync()
+        places = self._journal.append(records)
+        for transaction in transactions:
+            for operation, each in transaction.operations:
+                if each is not None:
+                    self.stages[operation.root].needed(each)
+            for upload in transaction.uploads:
+                upload.close()
+            transaction.bodies.clear()
+        with self._lock:
+            for transaction, place in zip(transactions, places, strict=True):
+                self._backlog += place.length
+                kept = self._in_memory + place.length <= MEMORY_BYTES
+                self._in_memory += place.length if kept else 0
+                self._waiting.append(_Waiting(transaction.seq, transaction.more, place, transaction if kept else None))
 
     def abandon(self, transactions: list[Transaction]) -> None:
-        """Remove what is left of their staged files; complete uploads that were not used are kept."""
+        """Remove what was staged for transactions that were not accepted; complete uploads are kept."""
         for transaction in transactions:
-            # Those that were placed are in the tree already, and their names not in the stage.
             staged_uploads = {upload.staged for upload in transaction.uploads}
             for operation, staged in transaction.operations:
-                if staged is None or not self.stages[operation.root].holds(staged):
-                    continue
-                if staged not in staged_uploads:
+                if staged is not None and staged not in staged_uploads:
                     self.stages[operation.root].discard(staged)
             for upload in transaction.uploads:
-                if upload.staged is not None and self.stages[upload.root].holds(upload.staged):
-                    self.suspend(upload)
-                else:
-                    upload.close()
+                self.suspend(upload)
         for stage in self.stages:
             stage.rest()
 
-    def _carry_out(self, transactions: list[Transaction]) -> list[Ack | Nak]:
-        last = transactions[-1].seq
-        failure: Nak | None = None
-        done = 0
+    def when_applied(self, call: Callable[[], None]) -> None:
+        """Call ``call``, in the applier's thread, once all that was accepted is applied and ``work`` was called."""
+        with self._lock:
+            self._calls.append((self.started, call))
+
+    def forget_calls(self) -> None:
+        """Nobody waits any more."""
+        with self._lock:
+            self._calls.clear()
+
+    def _check_room(self, size: int) -> None:
+        """Raises OSError when what is accepted could not be applied for lack of room."""
+        places = {os.fsencode(self._state), *(os.path.dirname(tree.root) for tree in self.trees)}
+        places |= {tree.root for tree in self.trees if os.path.isdir(tree.root)}
+        for place in places:
+            status = os.statvfs(place)
+            reserve = min(RESERVE_BYTES, status.f_blocks * status.f_frsize // RESERVE_SHARE)
+            if status.f_bavail * status.f_frsize < reserve + 2 * size:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), os.fsdecode(place))
+
+    def make_room(self) -> bool:
+        """Let go of the oldest history until there is room again; returns whether any was let go."""
+        with contextlib.suppress(OSError):
+            self.checkpoint()
+        return self.history.make_room(RESERVE_BYTES * 4)
+
+    # --- applying
+
+    def work(self) -> None:
+        """Apply what was accepted, as far as it can be applied; never raises OSError."""
         try:
-            if any(transaction.operations for transaction in transactions):
-                self._sync_staged(transactions)
-                # From here on the trees may hold a part of it, which the source must learn if we are cut off.
-                self._note_started(last)
-                done, failure = self._apply(transactions)
-                self._sync_names(transactions[:done])
-            else:
-                self._note_started(last)
-                done = len(transactions)
+            while (batch := self._next()) is not None:
+                if not self._apply(batch):
+                    break
+                self._rest_if_due()
+            self._call()
         except OSError as error:
-            return [Nak(transactions[0].seq, 0, b"", f"making it durable: {error.strerror or error}", False)]
-        answers: list[Ack | Nak] = []
-        if done:
-            answers.append(Ack(transactions[done - 1].seq, self._problems()))
-        if failure is not None:
-            answers.append(failure)
-        return answers
+            self._stall(error)
+        finally:
+            self._end()
 
-    def _note_started(self, seq: int) -> None:
-        os.pwrite(self._started, _NUMBER.pack(seq), 0)
-        os.fdatasync(self._started)
+    def tend(self) -> None:
+        """What is to be done now and then: try again what stopped, sync what rests, thin the history."""
+        self.work()
+        try:
+            if time.monotonic() - self._checkpoint_at > CHECKPOINT_SECONDS:
+                self.checkpoint()
+            self.history.thin()
+        except OSError as error:
+            self._stall(error)
+        finally:
+            self._end()
 
-    def _sync_staged(self, transactions: list[Transaction]) -> None:
-        staged = [each for transaction in transactions for _, each in transaction.operations if each is not None]
-        if len(staged) > _FEW_FILES:
-            for directory in {each.directory for each in staged}:
-                syncfs(directory)
+    def drain(self) -> None:
+        """Apply all that was accepted and belongs to a complete state; raises StateError when that cannot be done."""
+        self.work()
+        if self.stalled:
+            raise StateError(self._state, f"what was received cannot be applied: {self.stalled}")
+        try:
+            self.checkpoint()
+        except OSError as error:
+            raise StateError(self._state, error.strerror or str(error)) from error
+
+    def checkpoint(self) -> None:
+        """Make durable in the trees what was applied, and forget its journal; raises OSError."""
+        self._checkpoint_at = time.monotonic()
+        if self._position == self._mark.position and not self._to_release:
             return
-        for each in staged:
-            handle = os.open(each.name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=each.directory)
+        self._sync(self._position)
+        self._journal.drop(self._position.seq)
+        released, self._to_release = self._to_release, []
+        for root, name in released:
+            self._release(root, name)
+        self.history.settled()
+        for stage in self.stages:
+            stage.rest()
+
+    def _sync(self, position: Position) -> None:
+        for tree in self.trees:
+            tree.sync()
+        self._mark.move(position)
+        self._operations = self._bytes = 0
+
+    def _release(self, root: int, name: bytes) -> None:
+        """Remove a pin or a staged file, whose content is in the tree by now."""
+        staged = self.stages[root].fixed(name)
+        with contextlib.suppress(OSError):
+            handle = os.open(staged.name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=staged.directory)
             try:
-                os.fsync(handle)
+                before = os.fstat(handle)
+                self.stages[root].release(name)
+                # The name that went has changed the file's ctime; its leaves are as good as before.
+                self.leaves.touched(before, os.fstat(handle))
             finally:
                 os.close(handle)
 
-    def _apply(self, transactions: list[Transaction]) -> tuple[int, Nak | None]:
-        """Returns how many were applied, and why the next one was not."""
-        for number, transaction in enumerate(transactions):
-            for operation, staged in transaction.operations:
-                try:
-                    self._apply_one(operation, staged)
-                except Exception as error:
-                    # Nothing after it was begun: less for the source to doubt.
-                    os.pwrite(self._started, _NUMBER.pack(transaction.seq), 0)
-                    return number, refusal(transaction.seq, operation.root, operation.path, error)
-        return len(transactions), None
+    def _rest_if_due(self) -> None:
+        if (
+            self._operations >= CHECKPOINT_OPERATIONS
+            or self._bytes >= CHECKPOINT_BYTES
+            or time.monotonic() - self._checkpoint_at > CHECKPOINT_SECONDS
+        ):
+            self.checkpoint()
 
-    def _apply_one(self, operation: Operation, staged: Staged | None) -> None:
-        root = operation.root
-        tree = self.trees[root]
-        if staged is not None:
-            assert isinstance(operation, (Put, Patch, Copy))
-            tree.place(self.stages[root], staged, operation.path, operation.meta)
-            if not isinstance(operation, Put):
-                with contextlib.suppress(OSError):
-                    self.leaves.placed(tree.status(operation.path))
+    def _next(self) -> list[_Waiting] | None:
+        """The transactions of the next complete state, and what follows, as far as it is at hand; None: nothing is."""
+        with self._lock:
+            complete = 0
+            operations = 0
+            for count, each in enumerate(self._waiting, 1):
+                if complete and (operations >= CHECKPOINT_OPERATIONS or each.transaction is None):
+                    break
+                operations += len(each.transaction.operations) if each.transaction is not None else 1
+                if not each.more:
+                    complete = count
+            return list(itertools.islice(self._waiting, complete)) if complete else None
+
+    def _apply(self, batch: list[_Waiting]) -> bool:
+        """Apply transactions; False when that stopped."""
+        todos: deque[Todo] = deque()
+        last_of: dict[int, int] = {}
+        for each in batch:
+            transaction = each.transaction or self._read(each)
+            last_of[each.seq] = len(transaction.operations)
+            skip = self._position.operations if each.seq == self._position.seq + 1 else 0
+            for number, (operation, staged) in enumerate(transaction.operations):
+                if number < skip:
+                    continue
+                todo = Todo(each.seq, transaction.epoch, transaction.time_ns, number, operation, staged)
+                known = self.history.known(each.seq, number)
+                if known is not None:
+                    todo.again, todo.undo = True, known
+                todos.append(todo)
+        done = iter(batch)
+        at = next(done)
+        try:
+            while todos:
+                count = self._slicer.slice(list(itertools.islice(todos, _SLICE_LOOK)))
+                chosen = [todos.popleft() for _ in range(count)]
+                if not chosen[0].again:
+                    self.history.note(steps(chosen))
+                for todo in chosen:
+                    while todo.seq != at.seq:
+                        self._finished(at)
+                        at = next(done)
+                    self._apply_one(todo)
+                    self._position = Position(todo.seq - 1, todo.number + 1)
+            while True:
+                self._finished(at)
+                at = next(done)
+        except StopIteration:
+            pass
+        except OSError as error:
+            self._stall(error)
+            return False
+        self.stalled = ""
+        self._tell()
+        return True
+
+    def _finished(self, each: _Waiting) -> None:
+        """A transaction is applied."""
+        self._position = Position(each.seq, 0)
+        with self._lock:
+            gone = self._waiting.popleft()
+            assert gone is each
+            self._backlog -= each.place.length
+            if each.transaction is not None:
+                self._in_memory -= each.place.length
+        self._bytes += each.place.length
+        if time.monotonic() - self._told_at > _TELL_SECONDS:
+            self._tell()
+
+    def _tell(self) -> None:
+        self._told_at = time.monotonic()
+        for tree in self.trees:
+            tree.restore()
+        self.listener.applied(self._position.seq, self._problems(), self.stalled)
+
+    def _call(self) -> None:
+        """Tell those who wait for what is applied."""
+        while True:
+            with self._lock:
+                if not self._calls or self._calls[0][0] > self._position.seq:
+                    return
+                _, call = self._calls.popleft()
+            call()
+
+    def _stall(self, error: OSError) -> None:
+        """Applying stopped; it is tried again."""
+        if error.errno in _FULL and self.history.make_room(RESERVE_BYTES * 4):
+            _log.warning("the disk is full; the oldest history is gone", state=str(self._state))
+        where = error.filename or self._state
+        reason = f"{os.fsdecode(where) if isinstance(where, bytes) else where}: {error.strerror or error}"
+        if reason != self.stalled:
+            _log.error("nothing can be applied", state=str(self._state), reason=reason)
+        self.stalled = reason
+        self._tell()
+
+    def _read(self, each: _Waiting) -> Transaction:
+        """A transaction from the journal; raises OSError when that cannot be read."""
+        try:
+            record = self._journal.read(each.seq, each.place)
+        except StateError as error:
+            raise OSError(errno.EIO, str(error)) from error
+        transaction = Transaction(record.seq, record.epoch, more=record.more, time_ns=record.time_ns)
+        for number, body in enumerate(record.bodies):
+            operation = _OPERATIONS.decode(body, "the journal")
+            name = record.staged.get(number)
+            transaction.operations.append((operation, None if name is None else Staged(-1, name)))
+        return transaction
+
+    def _apply_one(self, todo: Todo) -> None:
+        """Apply an operation; what the tree does not allow is in doubt. Raises OSError when nothing can be applied."""
+        self._operations += 1
+        try:
+            if todo.directory is not None or self._is_barrier(todo):
+                self._before_directory(todo)
+            self._carry_out(todo)
+            self._note_redone(todo)
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno in _STOPPING:
+                raise
+            if isinstance(error, StateError):
+                raise OSError(errno.EIO, str(error)) from error
+            self._doubt(todo, error)
+
+    def _note_redone(self, todo: Todo) -> None:
+        """Remember where a file was made anew; of any other, a pin tells which one was meant."""
+        operation = todo.operation
+        if not todo.again:
+            self._redone.clear()
+        elif isinstance(operation, Move):
+            self._redone.discard((operation.root, operation.path))
+            self._redone.add((operation.root, operation.to))
+        elif isinstance(operation, Remove):
+            self._redone.discard((operation.root, operation.path))
+        elif not isinstance(operation, (MakeDir, SetMeta)):
+            self._redone.add((operation.root, operation.path))
+
+    @staticmethod
+    def _is_barrier(todo: Todo) -> bool:
+        return todo.again and any(
+            (isinstance(entry, Moved) and entry.directory) or (isinstance(entry, Kept) and stat.S_ISDIR(entry.kind))
+            for entry in todo.undo
+        )
+
+    def _before_directory(self, todo: Todo) -> None:
+        """A directory is about to move, or to go with all in it: nothing from before is to be done again after that."""
+        position = self._mark.position
+        here = (todo.seq - 1, todo.number)
+        if todo.again and (position.seq, position.operations) == here and position.inode:
             return
-        match operation:
-            case MakeDir(path=path, meta=meta):
-                tree.make_directory(path, meta)
-            case MakeSymlink(path=path, meta=meta, target=target):
-                tree.make_symlink(path, meta, target)
-            case MakeNode(path=path, meta=meta, kind=kind, rdev=rdev):
-                tree.make_node(path, meta, FileKind(kind), rdev)
-            case Link(path=path, to=to):
-                tree.link(path, to)
-            case Move(path=path, to=to):
-                tree.move(path, to)
-            case Remove(path=path):
-                tree.remove(path)
-            case SetMeta(path=path, meta=meta):
-                tree.set_meta(path, meta)
-            case _:
-                raise AssertionError(f"{type(operation).__name__} without its content")
+        moved = (
+            todo.directory
+            if todo.directory is not None
+            else self.trees[todo.operation.root].status(todo.operation.path)
+        )
+        self._sync(Position(*here, moved.st_dev if moved else 0, moved.st_ino if moved else 0))
 
-    def _sync_names(self, transactions: list[Transaction]) -> None:
-        touched: list[set[bytes | None]] = [set() for _ in self.trees]
-        for transaction in transactions:
-            for operation, _ in transaction.operations:
-                path = operation.path
-                directories = touched[operation.root]
-                directories.add(path.rpartition(b"/")[0] if path else None)
-                if isinstance(operation, Move):
-                    directories.add(operation.to.rpartition(b"/")[0])
-                elif isinstance(operation, (MakeDir, SetMeta)):
-                    directories.add(path)
-        for tree, directories in zip(self.trees, touched, strict=True):
-            if 0 < len(directories) <= _FEW_DIRECTORIES:
-                tree.sync(directories)
-            elif directories:
-                tree.sync_all(directories)
+    def _carry_out(self, todo: Todo) -> None:
+        operation = todo.operation
+        root, path, number = operation.root, operation.path, todo.number
+        tree, stage = self.trees[root], self.stages[root]
+        if not path and isinstance(operation, MakeSymlink):
+            # It would lead everything that follows to where the source likes.
+            raise UnsafePath(path, "a root's place is not for a symbolic link")
+        if isinstance(operation, Move):
+            self._move(todo, operation)
+            return
+        if isinstance(operation, Remove):
+            self._remove(todo, tree, stage)
+            return
+        if isinstance(operation, SetMeta):
+            if not todo.again or self._is_meant(todo, tree, path):
+                tree.set_meta(path, operation.meta)
+            return
+        if todo.again:
+            # Directories that later operations have removed: they will be removed again.
+            tree.make_parents(path)
+        pin: Staged | None = None
+        if isinstance(operation, Link):
+            pin = self._pin(todo, operation.to)
+            if not path and tree.is_link(pin):
+                raise UnsafePath(path, "a root's place is not for a symbolic link")
+        self._make_way(todo, path, leave=not isinstance(operation, MakeDir))
+        match operation:
+            case MakeDir(meta=meta):
+                if todo.again:
+                    tree.clear(path, directories=False)
+                tree.make_directory(path, meta)
+            case Put(meta=meta, data=data):
+                staged, handle = stage.create(meta.mode)
+                with self._used(stage, staged):
+                    self._fill(handle, tree, stage, meta, data)
+                    tree.put(staged, path, meta)
+                self._bytes += len(data)
+            case Patch(meta=meta) | Copy(meta=meta):
+                assert todo.staged is not None
+                self._put_staged(todo, tree, stage, meta)
+            case MakeSymlink(meta=meta, target=target):
+                with self._named(stage) as staged:
+                    tree.make_symlink(staged, path, meta, target)
+            case MakeNode(meta=meta, kind=kind, rdev=rdev):
+                with self._named(stage) as staged:
+                    tree.make_node(staged, path, meta, FileKind(kind), rdev)
+            case Link():
+                assert pin is not None
+                with self._named(stage) as staged:
+                    tree.link(pin, staged, path)
+            case _:
+                raise AssertionError(f"{type(operation).__name__} {number}")
+
+    def _is_meant(self, todo: Todo, tree: Tree, path: bytes) -> bool:
+        """Whether what stands at ``path`` is what an operation that is done again meant, and no later thing."""
+        there = tree.status(path)
+        if there is None or (todo.operation.root, path) in self._redone:
+            return there is not None
+        was = next((entry for entry in todo.undo if isinstance(entry, WasMeta)), None)
+        return was is None or (was.device, was.inode) == (there.st_dev, there.st_ino)
+
+    def _make_way(self, todo: Todo, path: bytes, *, leave: bool) -> None:
+        """Take what is at ``path`` to where it is kept, so that something else can be put there."""
+        root = todo.operation.root
+        tree, stage = self.trees[root], self.stages[root]
+        kept = next((entry for entry in todo.undo if isinstance(entry, Kept) and entry.path == path), None)
+        if kept is not None:
+            tree.keep(path, stage.folder(kept.folder), kept.name, leave=leave)
+        elif any(isinstance(entry, WasDirectory) and entry.path == path for entry in todo.undo):
+            there = tree.status(path)
+            if there is not None and stat.S_ISDIR(there.st_mode):
+                if todo.again:
+                    tree.clear(path, directories=True)
+                else:
+                    tree.remove_directory(path)
+        if todo.again and not isinstance(todo.operation, MakeDir):
+            # What later operations had made there will be made again.
+            there = tree.status(path)
+            if there is not None and stat.S_ISDIR(there.st_mode):
+                tree.clear(path, directories=True)
+
+    def _move(self, todo: Todo, operation: Move) -> None:
+        tree = self.trees[operation.root]
+        if not operation.path or not operation.to:
+            raise BaseUnknown(operation.path, "a root cannot be moved")
+        moved = next((entry for entry in todo.undo if isinstance(entry, Moved)), None)
+        if moved is None:
+            # Nothing was there when it was looked up; say why.
+            tree.move(operation.path, operation.to)
+            return
+        if moved.directory:
+            there = tree.status(operation.path)
+            at = self._mark.position
+            if todo.again and (there is None or (there.st_dev, there.st_ino) != (at.device, at.inode)):
+                return
+            self._make_way(todo, operation.to, leave=False)
+            tree.move(operation.path, operation.to)
+            return
+        pin = self._pin(todo, operation.path)
+        if todo.again:
+            tree.make_parents(operation.to)
+        self._make_way(todo, operation.to, leave=True)
+        if not todo.again:
+            tree.move(operation.path, operation.to)
+            return
+        with self._named(self.stages[operation.root]) as staged:
+            tree.link(pin, staged, operation.to)
+        tree.clear(operation.path, directories=False)
+
+    def _pin(self, todo: Todo, path: bytes) -> Staged:
+        """A name of the file at ``path`` that stays until the trees are synced, so that this can be done again."""
+        root = todo.operation.root
+        pin = self.stages[root].fixed(b"p%x.%x" % (todo.seq, todo.number))
+        if (root, path) in self._redone:
+            # The file that has the name of old is not the one that stands there since it was made anew.
+            self.stages[root].release(pin.name)
+        self.trees[root].pin(path, pin)
+        self._to_release.append((root, pin.name))
+        return pin
+
+    def _remove(self, todo: Todo, tree: Tree, stage: Stage) -> None:
+        operation = todo.operation
+        path = operation.path
+        if not path:
+            raise BaseUnknown(path, "a root is never removed")
+        kept = todo.kept
+        if kept is not None:
+            folder = stage.folder(kept.folder)
+            if not todo.again or not exists(folder, kept.name):
+                tree.keep(path, folder, kept.name, leave=False)
+            else:
+                tree.clear(path, directories=False)
+        elif any(isinstance(entry, WasDirectory) for entry in todo.undo):
+            self._make_way(todo, path, leave=False)
+
+    @staticmethod
+    def _fill(handle: int, tree: Tree, stage: Stage, meta: Meta, data: bytes) -> None:
+        """Write a small content to a new staged file, and close it."""
+        try:
+            done = os.write(handle, data) if data else 0
+            while done < len(data):
+                done += os.write(handle, memoryview(data)[done:])
+            tree.prepare(handle, meta, stage.birth)
+        finally:
+            os.close(handle)
+
+    def _put_staged(self, todo: Todo, tree: Tree, stage: Stage, meta: Meta) -> None:
+        """Put a large content into place; its staged name stays until the trees are synced."""
+        assert todo.staged is not None
+        source = stage.fixed(todo.staged.name)
+        path = todo.operation.path
+        if not (todo.again and tree.is_at(path, source)):
+            with self._named(stage) as staged:
+                try:
+                    os.link(source.name, staged.name, src_dir_fd=source.directory, dst_dir_fd=staged.directory)
+                except FileNotFoundError:
+                    raise BaseUnknown(path, "its content is not in the stage any more") from None
+                tree.put(staged, path, meta)
+        if todo.again:
+            # It may have what a later operation gave it.
+            tree.set_meta(path, meta)
+        self._to_release.append((todo.operation.root, source.name))
+        placed = tree.status(path)
+        if placed is not None:
+            self.leaves.placed(placed)
+            self._bytes += placed.st_size
+
+    @contextlib.contextmanager
+    def _named(self, stage: Stage) -> Iterator[Staged]:
+        """A free name in the stage, which is free again afterwards."""
+        staged = stage.name()
+        with self._used(stage, staged):
+            yield staged
+
+    @staticmethod
+    @contextlib.contextmanager
+    def _used(stage: Stage, staged: Staged) -> Iterator[None]:
+        """What is staged is placed, or it is removed."""
+        try:
+            yield
+        except BaseException:
+            stage.discard(staged)
+            raise
+        stage.placed(staged)
+
+    # --- doubts
+
+    def _doubt(self, todo: Todo, error: Exception) -> None:
+        """An operation was left out: sooner or later the source sends anew what belongs there."""
+        root, path = todo.operation.root, todo.operation.path
+        if isinstance(error, (FarshoreError, OSError)):
+            _log.warning("left out", path=path, seq=todo.seq, reason=str(error))
+        else:
+            _log.error("left out", error, path=path, seq=todo.seq)
+        if len(self._doubts) >= MAX_DOUBTS:
+            self.diverged = f"more than {MAX_DOUBTS} paths differ from what the source believes"
+        else:
+            self._doubts[root, path] = None
+            self._store_doubts()
+        self.listener.doubted(Nak(todo.seq, root, path, str(error), True))
+
+    def settle_doubts(self) -> None:
+        """The source has sent anew what was in doubt."""
+        if self._doubts:
+            self._doubts.clear()
+            self._store_doubts()
+
+    def _store_doubts(self) -> None:
+        durable.write(self._state / "doubts", msgspec.msgpack.encode(list(self._doubts)))
+
+    def _load_doubts(self) -> list[tuple[int, bytes]]:
+        try:
+            return msgspec.msgpack.decode((self._state / "doubts").read_bytes(), type=list[tuple[int, bytes]])
+        except FileNotFoundError:
+            return []
+        except (OSError, msgspec.MsgspecError) as error:
+            self.diverged = f"{self._state / 'doubts'}: {error}"
+            return []
+
+    # --- how
+
+    def _open_mark(self, state: Path) -> Mark:
+        path = state / "applied"
+        try:
+            mark = Mark(path)
+        except StateError as error:
+            self.diverged = str(error)
+            path.rename(path.with_suffix(".damaged"))
+            mark = Mark(path)
+        old = state / "started"
+        if old.exists():
+            # Version 1 had no journal: the last transaction that was begun, in full or in part.
+            data = old.read_bytes()
+            if mark.fresh and len(data) >= _NUMBER.size:
+                mark.move(Position(int(_NUMBER.unpack(data[: _NUMBER.size])[0])))
+            old.unlink()
+        return mark
 
     def _problems(self) -> list[str]:
         texts: list[str] = []
@@ -401,6 +933,10 @@ class Applier:
     def _end(self) -> None:
         for tree in self.trees:
             tree.end()
+
+
+#: Operations that are looked at for the next slice, at most.
+_SLICE_LOOK = 2000
 
 
 def refusal(seq: int, root: int, path: bytes, error: Exception) -> Nak:

@@ -18,8 +18,8 @@ PREFIX = STAGING
 #: What opening a path says when nothing is there, or something else stands in its way.
 MISSING = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 
-#: Told before a file is removed: (handle of its directory, its name there, its path, its lstat).
-BeforeRemoval = Callable[[int, bytes, bytes, os.stat_result], None]
+#: Told of a file, before it is removed if it is: (handle of its directory, its name there, its path, its lstat).
+Visitor = Callable[[int, bytes, bytes, os.stat_result], None]
 
 _MAX_PATH = 4096
 _MAX_NAME = 255
@@ -190,17 +190,27 @@ def open_regular(handles: Handles, path: bytes) -> int | None:
     return handle
 
 
-def remove_tree(parent: int, name: bytes, path: bytes, before: BeforeRemoval | None) -> None:
+def remove_tree(parent: int, name: bytes, path: bytes = b"", before: Visitor | None = None) -> None:
     """Remove the directory ``name`` in ``parent`` and all below it, never through a symbolic link.
 
-    Any depth takes two handles and no recursion. ``path`` is where the directory is, for ``before``, which is told
-    of everything but directories.
+    ``path`` is where the directory is, for ``before``, which is told of everything but directories.
     """
+    _through_tree(parent, name, path, before, remove=True)
+    os.rmdir(name, dir_fd=parent)
+
+
+def visit_tree(parent: int, name: bytes, path: bytes, visitor: Visitor) -> None:
+    """Tell ``visitor`` of all below the directory ``name`` in ``parent`` that is no directory."""
+    _through_tree(parent, name, path, visitor, remove=False)
+
+
+def _through_tree(parent: int, name: bytes, path: bytes, visitor: Visitor | None, *, remove: bool) -> None:
+    """Any depth takes two handles and no recursion."""
     here = _enter(parent, name)
     trail: list[bytes] = []
     levels: list[tuple[tuple[int, int], list[bytes]]] = []
     try:
-        levels.append((_identity(os.fstat(here)), _empty(here, path, trail, before)))
+        levels.append((_identity(os.fstat(here)), _files_of(here, path, trail, visitor, remove=remove)))
         while True:
             below = levels[-1][1]
             if below:
@@ -208,7 +218,7 @@ def remove_tree(parent: int, name: bytes, path: bytes, before: BeforeRemoval | N
                 os.close(here)
                 here = deeper
                 trail.append(below.pop())
-                levels.append((_identity(os.fstat(here)), _empty(here, path, trail, before)))
+                levels.append((_identity(os.fstat(here)), _files_of(here, path, trail, visitor, remove=remove)))
                 continue
             levels.pop()
             if not levels:
@@ -219,14 +229,15 @@ def remove_tree(parent: int, name: bytes, path: bytes, before: BeforeRemoval | N
             # Whoever moves it meanwhile must not lead us out of the tree.
             if _identity(os.fstat(here)) != levels[-1][0]:
                 raise OSError(errno.EBUSY, "a directory was moved while it was removed")
-            os.rmdir(trail.pop(), dir_fd=here)
+            left = trail.pop()
+            if remove:
+                os.rmdir(left, dir_fd=here)
     finally:
         os.close(here)
-    os.rmdir(name, dir_fd=parent)
 
 
-def _empty(here: int, path: bytes, trail: list[bytes], before: BeforeRemoval | None) -> list[bytes]:
-    """Remove all but directories from ``here``; returns the names of these."""
+def _files_of(here: int, path: bytes, trail: list[bytes], visitor: Visitor | None, *, remove: bool) -> list[bytes]:
+    """Tell of all but directories in ``here``, and remove them if need be; returns the names of the directories."""
     below = []
     with os.scandir(here) as found:
         entries = [(os.fsencode(entry.name), entry.is_dir(follow_symlinks=False)) for entry in found]
@@ -235,10 +246,11 @@ def _empty(here: int, path: bytes, trail: list[bytes], before: BeforeRemoval | N
             below.append(name)
             continue
         with contextlib.suppress(FileNotFoundError):
-            if before is not None:
+            if visitor is not None:
                 where = b"/".join([*([path] if path else []), *trail, name])
-                before(here, name, where, os.stat(name, dir_fd=here, follow_symlinks=False))
-            os.unlink(name, dir_fd=here)
+                visitor(here, name, where, os.stat(name, dir_fd=here, follow_symlinks=False))
+            if remove:
+                os.unlink(name, dir_fd=here)
     return below
 
 

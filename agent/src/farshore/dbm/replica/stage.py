@@ -1,4 +1,5 @@
-"""A place for content that is on its way into the tree: on the same filesystem, so that a rename takes it there.
+"""A place beside the tree, on the same filesystem, so that a rename leads there and back: for content that is on its
+way into the tree, and for what was taken out of it and is kept.
 
 The place may lie within the tree, whose content a peer decides: it is reached by a handle, never through a symbolic
 link, it must be ours, and nothing is removed from it that was not made here.
@@ -14,7 +15,7 @@ import re
 import secrets
 import stat
 import threading
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -26,6 +27,9 @@ from farshore.fmm import scanner
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _OURS = re.compile(rb"[0-9a-f]{16}")
+_PIN = re.compile(rb"p([0-9a-f]+)\.([0-9a-f]+)")
+#: Handles of folders that are kept open.
+_OPEN_FOLDERS = 8
 _PERMISSIONS = stat.S_IRWXU | stat.S_IRWXG | stat.S_IRWXO
 
 
@@ -56,15 +60,22 @@ def _unnoticed(directory: int) -> Iterator[None]:
 
 
 class Stage:
-    """Temporary files for one root. May be used from several threads.
+    """Temporary files for one root, and folders of what is kept. May be used from several threads.
 
     The state directory is preferred. Where a rename from there does not reach the root (another filesystem, or
     another mount of the same one), the directory beside the root is used, and at last one within the root; these
-    exist only while something is staged.
+    exist only while there is something in them.
+
+    Of what is found there, temporary files go, but for those in ``needed`` and for the pins of operations from
+    ``position`` on, a transaction's number and an operation's.
     """
 
-    def __init__(self, root: bytes, state: Path) -> None:
+    def __init__(
+        self, root: bytes, state: Path, needed: Container[bytes] = (), position: tuple[int, int] = (0, 0)
+    ) -> None:
         self._root = root
+        self._needed = needed
+        self._position = position
         tag = PREFIX + b"stage"
         self._choices = [
             os.fsencode(state) + b"/stage",
@@ -77,6 +88,7 @@ class Stage:
         prefix = secrets.token_hex(4).encode()
         self._names = (b"%s%08x" % (prefix, n & 0xFFFFFFFF) for n in itertools.count())
         self._made: set[bytes] = set()
+        self._folders: dict[bytes, int] = {}
         self._lock = threading.Lock()
         for choice in self._choices:
             self._clear(choice)
@@ -93,19 +105,79 @@ class Stage:
         is no place for it, and OSError.
         """
         with self._lock:
-            directory = self._directory
-            if directory is None:
-                directory = self._choose() if self._choice is None else self._open(self._choice)
-                try:
-                    self._birth = _birth(directory, next(self._names))
-                except BaseException:
-                    os.close(directory)
-                    raise
-                self._directory = directory
+            directory = self._ready()
             name = next(self._names)
             handle = os.open(name, _NEW, mode & _PERMISSIONS, dir_fd=directory)
             self._made.add(name)
         return Staged(directory, name), handle
+
+    def name(self) -> Staged:
+        """A name that nothing has yet; what is made there is ours from now on. Raises as ``create``."""
+        with self._lock:
+            directory = self._ready()
+            name = next(self._names)
+            self._made.add(name)
+        return Staged(directory, name)
+
+    def fixed(self, name: bytes) -> Staged:
+        """A file of a known name, such as a pin's; whoever makes it takes care of it. Raises as ``create``."""
+        with self._lock:
+            return Staged(self._ready(), name)
+
+    def folder(self, name: bytes) -> int:
+        """A handle of the folder ``name`` of what is kept, which is made if need be; it stays the stage's."""
+        with self._lock:
+            handle = self._folders.get(name)
+            if handle is None:
+                directory = self._ready()
+                with contextlib.suppress(FileExistsError):
+                    os.mkdir(name, 0o700, dir_fd=directory)
+                while len(self._folders) >= _OPEN_FOLDERS:
+                    os.close(self._folders.pop(next(iter(self._folders))))
+                handle = self._folders[name] = _open_ours(directory, name)
+        return handle
+
+    def drop_folder(self, name: bytes) -> None:
+        """Remove a folder that is empty; nothing is done about another."""
+        with self._lock:
+            handle = self._folders.pop(name, None)
+            if handle is not None:
+                os.close(handle)
+            with contextlib.suppress(OSError):
+                os.rmdir(name, dir_fd=self._ready())
+
+    def place(self) -> bytes:
+        """Where all that is, as an absolute path; raises as ``create``."""
+        with self._lock:
+            self._ready()
+            assert self._choice is not None
+            return self._choice
+
+    def sync(self) -> None:
+        """Make the names in the stage durable; raises OSError."""
+        if self._directory is not None:
+            os.fsync(self._directory)
+
+    def needed(self, staged: Staged) -> None:
+        """A file is named by the journal now: it stays until it is released."""
+        self._made.discard(staged.name)
+
+    def release(self, name: bytes) -> None:
+        """Remove a file that is not needed any more, or a pin."""
+        with self._lock, contextlib.suppress(OSError):
+            os.unlink(name, dir_fd=self._ready())
+
+    def _ready(self) -> int:
+        directory = self._directory
+        if directory is None:
+            directory = self._choose() if self._choice is None else self._open(self._choice)
+            try:
+                self._birth = _birth(directory, next(self._names))
+            except BaseException:
+                os.close(directory)
+                raise
+            self._directory = directory
+        return directory
 
     def placed(self, staged: Staged) -> None:
         """A file was renamed into the tree."""
@@ -141,6 +213,8 @@ class Stage:
             self._leave()
 
     def _leave(self) -> None:
+        while self._folders:
+            os.close(self._folders.popitem()[1])
         if self._directory is None or self._choice is None:
             return
         os.close(self._directory)
@@ -157,12 +231,19 @@ class Stage:
             finally:
                 os.close(above)
             try:
-                for name in os.listdir(directory):
-                    if _OURS.fullmatch(os.fsencode(name)):
+                for name in map(os.fsencode, os.listdir(directory)):
+                    if self._is_left(name):
                         os.unlink(name, dir_fd=directory)
             finally:
                 os.close(directory)
             self._drop(choice)
+
+    def _is_left(self, name: bytes) -> bool:
+        """Whether nobody needs a file that is found in the stage."""
+        pin = _PIN.fullmatch(name)
+        if pin is not None:
+            return (int(pin[1], 16), int(pin[2], 16)) < self._position
+        return _OURS.fullmatch(name) is not None and name not in self._needed
 
     def _drop(self, choice: bytes) -> None:
         with contextlib.suppress(OSError):

@@ -1,8 +1,8 @@
-"""Stage transactions as they arrive, and hand them over in groups.
+"""Stage transactions as they arrive, and have them accepted in groups.
 
-A thread of its own writes contents into staged files while the group before is made durable and applied. A group
-is handed over when nothing more has arrived and the one before is done, or when it is large or old: a single change
-is not held up, and many share the waits for the disk.
+A thread of its own gathers operations, writes large contents into staged files, and makes what is complete durable in
+the journal (``Applier.accept``), while what was accepted before is applied by another one. A group is accepted when
+nothing more has arrived, or when it is large or old: a single change is not held up, and many share a sync.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from farshore.dbm.messages import (
     Commit,
     Copy,
     Link,
-    MakeDir,
     MakeNode,
     MakeSymlink,
     Move,
@@ -30,11 +29,11 @@ from farshore.dbm.messages import (
     Patch,
     Put,
     Remove,
-    SetMeta,
 )
 from farshore.dbm.replica.build import Building, copy_file
-from farshore.dbm.replica.commit import Applier, Batch, Transaction, refusal
+from farshore.dbm.replica.commit import Applier, Transaction, refusal
 from farshore.dbm.replica.intake import Inbox, Interrupted, Switch
+from farshore.dbm.replica.paths import check
 from farshore.dbm.replica.stage import Staged
 from farshore.dbm.replica.tree import BaseUnknown
 from farshore.dbm.replica.upload import Upload
@@ -49,12 +48,13 @@ MAX_METADATA = 64 << 20
 GROUP_OPERATIONS = 20_000
 GROUP_BYTES = 64 << 20
 GROUP_SECONDS = 0.2
-_OPERATIONS = (Put, MakeDir, Copy, MakeSymlink, MakeNode, Link, Move, Remove, SetMeta)
+#: User and group numbers are below; the last of them means nobody to chown(2).
+_ID = (1 << 32) - 1
 _NODES = (FileKind.FIFO, FileKind.CHARACTER_DEVICE, FileKind.BLOCK_DEVICE)
 
-#: A call: what is to be done once all before it is applied. An Upload: it is to be opened. A pair: a Patch.
-_Plain = Put | MakeDir | Copy | MakeSymlink | MakeNode | Link | Move | Remove | SetMeta
-Item = Begin | Commit | _Plain | Upload | tuple[Patch, Upload] | Callable[[], None]
+#: A call: what is to be done once all before it is applied. An Upload: it is to be opened. A tuple: an operation, as it
+#: is and as it came, with the upload that a Patch puts into place.
+Item = Begin | Commit | Upload | tuple[Operation, bytes, Upload | None] | Callable[[], None]
 
 
 class _Refused(Exception):
@@ -68,8 +68,8 @@ class _Refused(Exception):
 class Stager:
     """The thread that stages the transactions of one connection.
 
-    ``worker`` is the thread of the applier, ``check_epoch`` is called there before a group is applied, ``deliver``
-    with its answers and the calls to make then, ``fail`` with an error that ends the connection.
+    ``worker`` is the thread of the applier, ``check_epoch`` is called before a group is accepted, ``deliver`` with the
+    answers to it, ``fail`` with an error that ends the connection.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Stager:
         switch: Switch,
         worker: ThreadPoolExecutor,
         check_epoch: Callable[[int], None],
-        deliver: Callable[[list[Ack | Nak], list[Callable[[], None]]], None],
+        deliver: Callable[[list[Ack | Nak]], None],
         fail: Callable[[BaseException], None],
     ) -> None:
         self._applier = applier
@@ -91,14 +91,15 @@ class Stager:
         self._fail = fail
         self._thread = threading.Thread(target=self._run, name="staging", daemon=True)
         self._open: Transaction | None = None
-        self._open_size = 0
         self._last_seq = 0
-        self._batch = Batch()
+        self._batch: list[Transaction] = []
+        self._batch_operations = self._batch_size = 0
         self._batch_since = 0.0
-        self._in_flight: Batch | None = None
         self._refused = False
         #: An upload that failed: nothing may follow.
         self._upload_refused: Nak | None = None
+        #: The applier has work to do already.
+        self._is_working = threading.Event()
 
     def start(self) -> None:
         """Begin."""
@@ -107,7 +108,7 @@ class Stager:
     def join(self) -> list[Transaction]:
         """Wait until it has ended, after the switch; returns what was not handed over."""
         self._thread.join()
-        left, self._batch = self._batch.transactions, Batch()
+        left, self._batch = self._batch, []
         if self._open is not None:
             left.append(self._open)
             self._open = None
@@ -139,8 +140,8 @@ class Stager:
         if self._refused:
             return
         for item in items:
-            if isinstance(item, _OPERATIONS):
-                self._operation(item, None)
+            if isinstance(item, tuple):
+                self._operation(*item)
             elif isinstance(item, Commit):
                 self._commit(item)
                 if self._is_due():
@@ -149,13 +150,13 @@ class Stager:
                 self._begin(item)
             elif isinstance(item, Upload):
                 self._open_upload(item)
-            elif isinstance(item, tuple):
-                self._operation(*item)
             else:
-                self._batch.then.append(item)
+                self._hand_over()
+                self._applier.when_applied(item)
+                self._work()
         if self._upload_refused is not None:
             raise _Refused(self._upload_refused)
-        if self._in_flight is None and self._inbox.empty:
+        if self._inbox.empty:
             self._hand_over()
 
     def _begin(self, begin: Begin) -> None:
@@ -165,7 +166,6 @@ class Stager:
             raise ProtocolError("the source", f"transaction {begin.seq} after {self._last_seq}")
         self._last_seq = begin.seq
         self._open = Transaction(begin.seq, begin.epoch)
-        self._open_size = 0
 
     def _commit(self, commit: Commit) -> None:
         transaction = self._open
@@ -173,11 +173,14 @@ class Stager:
             what = "none" if transaction is None else str(transaction.seq)
             raise ProtocolError("the source", f"Commit {commit.seq} does not end the open transaction: {what}")
         self._open = None
-        if not self._batch.transactions:
+        transaction.more = commit.more
+        if not self._batch:
             self._batch_since = time.monotonic()
-        self._batch.add(transaction, self._open_size + transaction.metadata)
+        self._batch.append(transaction)
+        self._batch_operations += len(transaction.operations)
+        self._batch_size += transaction.size
 
-    def _operation(self, operation: Operation, upload: Upload | None) -> None:
+    def _operation(self, operation: Operation, body: bytes, upload: Upload | None) -> None:
         """Stage an operation of the open transaction; ``upload`` holds what a Patch puts into place."""
         transaction = self._open
         if transaction is None:
@@ -190,27 +193,27 @@ class Stager:
         root = operation.root
         if not 0 <= root < len(self._applier.trees):
             raise ProtocolError("the source", f"root {root} of {len(self._applier.trees)}")
+        _check_numbers(operation)
         try:
+            _check_paths(operation)
             staged = self._stage(operation, upload)
         except (_Refused, Interrupted, ProtocolError):
             raise
         except Exception as error:
             raise _Refused(refusal(transaction.seq, root, operation.path, error)) from None
-        if type(operation) is Put:
-            # The content is on its way to disk; kept in memory as well, a group of many files would fill it.
-            self._open_size += len(operation.data)
-            operation = Put(root, operation.path, operation.meta, b"")
+        transaction.size += len(body)
+        transaction.bodies.append(body)
         transaction.operations.append((operation, staged))
         transaction.touch(operation)
         if staged is not None:
             transaction.contents[root, operation.path] = staged
+        elif isinstance(operation, Put):
+            transaction.contents[root, operation.path] = operation.data
 
     # --- kinds of operations
 
     def _stage(self, operation: Operation, upload: Upload | None) -> Staged | None:
         match operation:
-            case Put():
-                return self._put(operation)
             case Patch():
                 assert upload is not None
                 return self._patch(operation, upload)
@@ -219,22 +222,6 @@ class Stager:
             case MakeNode(kind=kind) if kind not in _NODES:
                 raise ProtocolError("the source", f"{kind} is no kind of node")
         return None
-
-    def _put(self, operation: Put) -> Staged:
-        stage = self._applier.stages[operation.root]
-        staged, handle = stage.create(operation.meta.mode)
-        try:
-            data = operation.data
-            done = os.write(handle, data) if data else 0
-            while done < len(data):
-                done += os.write(handle, memoryview(data)[done:])
-            self._applier.trees[operation.root].prepare(handle, operation.meta, stage.birth)
-        except BaseException:
-            stage.discard(staged)
-            raise
-        finally:
-            os.close(handle)
-        return staged
 
     def _patch(self, operation: Patch, upload: Upload) -> Staged:
         transaction = self._open
@@ -251,6 +238,7 @@ class Stager:
         staged, handle = upload.content()
         try:
             self._applier.trees[operation.root].prepare(handle, operation.meta)
+            os.fsync(handle)
             status = os.fstat(handle)
             leaves = upload.take_leaves()
             if leaves is not None:
@@ -267,7 +255,11 @@ class Stager:
         self._applier.tree(root)
         try:
             made = transaction.contents.get((root, path))
-            if made is not None:
+            if isinstance(made, bytes):
+                source = os.memfd_create("content", os.MFD_CLOEXEC)
+                os.write(source, made)
+                os.lseek(source, 0, os.SEEK_SET)
+            elif made is not None:
                 source = os.open(made.name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=made.directory)
             else:
                 source = self._open_file(root, path)
@@ -293,6 +285,7 @@ class Stager:
             if copy_file(building, known) != operation.digest:
                 raise BaseUnknown(operation.source, "it has another content")
             self._applier.trees[operation.root].prepare(handle, operation.meta)
+            os.fsync(handle)
             if known is not None:
                 self._applier.leaves.add(os.fstat(handle), known)
                 known = None
@@ -337,7 +330,7 @@ class Stager:
 
     def _open_file(self, root: int, path: bytes) -> int:
         """Open a file for reading as it is after all complete transactions; raises BaseUnknown when there is none."""
-        if self._touches(root, path):
+        if any(each.touches(root, path) for each in self._batch) or self._applier.touches(root, path):
             self._settle()
         tree = self._applier.tree(root)
         try:
@@ -352,65 +345,108 @@ class Stager:
             raise BaseUnknown(path, "there is no such file")
         return handle
 
-    def _touches(self, root: int, path: bytes) -> bool:
-        batches = [self._batch] if self._in_flight is None else [self._in_flight, self._batch]
-        return any(batch.touches(root, path) for batch in batches)
-
     # --- groups
 
     def _is_due(self) -> bool:
-        batch = self._batch
-        if batch.operations >= GROUP_OPERATIONS or batch.size >= GROUP_BYTES:
-            return True
-        # While the one before is under way, one more transaction costs nothing.
-        return self._in_flight is None and time.monotonic() - self._batch_since >= GROUP_SECONDS
+        return (
+            self._batch_operations >= GROUP_OPERATIONS
+            or self._batch_size >= GROUP_BYTES
+            or time.monotonic() - self._batch_since >= GROUP_SECONDS
+        )
 
     def _hand_over(self) -> None:
-        """Have the group made durable and applied, after the one before."""
-        batch = self._batch
-        if not (batch.transactions or batch.then or batch.refusal):
+        """Have the group accepted, and applied after what was accepted before."""
+        if not self._batch:
             return
-        self._switch.wait(lambda: self._in_flight is None)
+        self._switch.wait(lambda: self._refused or self._applier.has_room())
         if self._refused:
             raise _Refused(None)
-        self._batch = Batch()
-        self._in_flight = batch
-        self._worker.submit(self._carry_out, batch)
+        batch, self._batch = self._batch, []
+        self._batch_operations = self._batch_size = 0
+        try:
+            for epoch in {transaction.epoch for transaction in batch}:
+                self._check_epoch(epoch)
+            if self._applier.interrupted.is_set():
+                raise Interrupted
+            self._applier.accept(batch)
+        except BaseException as error:
+            self._worker.submit(self._applier.abandon, batch)
+            if isinstance(error, OSError):
+                self._worker.submit(self._applier.make_room)
+                where = f"{error.filename}: " if error.filename else ""
+                reason = f"making it durable: {where}{error.strerror or error}"
+                raise _Refused(Nak(batch[0].seq, 0, b"", reason, False)) from None
+            raise
+        self._deliver([Ack(batch[-1].seq)])
+        self._work()
+
+    def _work(self) -> None:
+        """Have the applier work, unless it has still to begin with what it was asked before."""
+        if not self._is_working.is_set():
+            self._is_working.set()
+            self._worker.submit(self._let_work)
+
+    def _let_work(self) -> None:
+        """In the applier's thread."""
+        self._is_working.clear()
+        try:
+            self._applier.work()
+        except BaseException as error:
+            self._fail(error)
+        self._switch.notify()
 
     def _settle(self) -> None:
         """Wait until all complete transactions are applied."""
         self._hand_over()
-        self._switch.wait(lambda: self._in_flight is None)
+        applied = threading.Event()
+
+        def told() -> None:
+            applied.set()
+            self._switch.notify()
+
+        self._applier.when_applied(told)
+        self._work()
+        self._switch.wait(lambda: self._refused or applied.is_set())
         if self._refused:
             raise _Refused(None)
 
+    def stop(self) -> None:
+        """The source was told that something was refused: nothing more is taken. May be called from any thread."""
+        self._refused = True
+        self._switch.notify()
+
     def _end_with(self, nak: Nak) -> None:
         """Hand over what is complete, with ``nak`` as the end of it; what follows is not taken."""
-        self._batch.refusal = nak
-        self._batch.then.clear()
         with contextlib.suppress(_Refused):
             self._hand_over()
         if self._open is not None:
             left, self._open = self._open, None
             self._worker.submit(self._applier.abandon, [left])
-        self._refused = True
-
-    def _carry_out(self, batch: Batch) -> None:
-        """In the applier's thread."""
-        try:
-            answers = self._applier.commit(batch, self._check_epoch)
-        except Interrupted:
-            return
-        except BaseException as error:
-            self._fail(error)
-            return
-        if answers and isinstance(answers[-1], Nak):
+        if not self._refused:
             self._refused = True
-            batch.then.clear()
-        self._deliver(answers, batch.then)
-        self._in_flight = None
-        self._switch.notify()
-        self._inbox.poke()
+            self._deliver([nak])
+
+
+def _check_paths(operation: Operation) -> None:
+    """Raises UnsafePath for a path that leads out of a root whatever there is."""
+    check(operation.path)
+    if isinstance(operation, (Link, Move)):
+        check(operation.to)
+    elif isinstance(operation, Copy):
+        check(operation.source)
+
+
+def _check_numbers(operation: Operation) -> None:
+    """Raises ProtocolError for a number that no system call takes: what is accepted must be possible."""
+    if isinstance(operation, (Link, Move, Remove)):
+        return
+    meta = operation.meta
+    times = (meta.atime_ns, meta.mtime_ns)
+    fits = 0 <= meta.mode <= 0o7777 and 0 <= meta.uid < _ID and 0 <= meta.gid < _ID
+    if not fits or not all(-(1 << 63) <= each < 1 << 63 for each in times):
+        raise ProtocolError("the source", f"a number in an operation on {operation.path!r} is out of range")
+    if isinstance(operation, MakeNode) and not 0 <= operation.rdev < 1 << 64:
+        raise ProtocolError("the source", f"a device number of {operation.path!r} is out of range")
 
 
 def metadata_size(operation: Operation) -> int:

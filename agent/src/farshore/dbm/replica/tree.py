@@ -22,13 +22,18 @@ from functools import partial
 
 from farshore.dbm.messages import Entry, Meta
 from farshore.dbm.reading import CheckedReader, digest_of
-from farshore.dbm.replica.paths import MISSING, PREFIX, Handles, check, open_regular, remove_tree
-from farshore.dbm.replica.stage import Birth, Stage, Staged
-from farshore.errors import FarshoreError, UnsafePath
+from farshore.dbm.replica.paths import MISSING, PREFIX, Handles, check, open_regular, remove_tree, visit_tree
+from farshore.dbm.replica.stage import Birth, Staged
+from farshore.errors import FarshoreError
 from farshore.fmm import scanner
 from farshore.fmm.patterns import Filter
 from farshore.fmm.types import FileKind, Root
 
+_NODES = {
+    FileKind.FIFO: stat.S_IFIFO,
+    FileKind.CHARACTER_DEVICE: stat.S_IFCHR,
+    FileKind.BLOCK_DEVICE: stat.S_IFBLK,
+}
 _CANNOT_KEEP = (errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS)
 _READ = 1 << 20
 #: Longer paths are kept aside under a short name: the system takes 4096 bytes, the place aside included.
@@ -71,6 +76,8 @@ class Tree:
         #: Device and inode of the files that were placed since keep_aside: the source has them.
         self._placed: set[tuple[int, int]] = set()
         self.kept_aside = 0
+        #: The filesystems that were met since the last sync, each with a path on it.
+        self._devices: dict[int, bytes] = {}
         #: Set from another thread, ends the reading of contents for good: a change of owner must not wait for it.
         self.interrupted = threading.Event()
         os.makedirs(os.path.dirname(self.root), exist_ok=True)
@@ -124,17 +131,102 @@ class Tree:
         with io.FileIO(handle) as file:
             return digest_of(CheckedReader(file, check))[1]
 
+    # --- looking before writing
+
+    def status(self, path: bytes) -> os.stat_result | None:
+        """The lstat of what is at ``path``, None when nothing is; raises UnsafePath, OSError."""
+        try:
+            parent, name = self._handles.writable_parent(path)
+            there = os.stat(name, dir_fd=parent, follow_symlinks=False)
+        except OSError as error:
+            if error.errno in MISSING:
+                return None
+            raise
+        self._devices.setdefault(there.st_dev, path)
+        return there
+
+    def metadata(self, path: bytes, status: os.stat_result) -> Meta:
+        """The metadata of what is at ``path``, whose lstat is ``status``."""
+        parent, name = self._handles.writable_parent(path)
+        return read_meta(parent, name, status)
+
+    def is_empty(self, path: bytes) -> bool:
+        """Whether the directory at ``path`` is empty."""
+        self._handles.widen(path)
+        with os.scandir(self._handles.directory(path)) as found:
+            return next(found, None) is None
+
     # --- writing
 
+    def keep(self, path: bytes, folder: int, name: bytes, *, leave: bool) -> None:
+        """Take what is at ``path``, no directory unless it has to go, to ``name`` in ``folder``, a directory's handle.
+
+        With ``leave``, a file stays at ``path`` as well, until something else takes its place. What is there under that
+        name already was taken before. Raises BaseUnknown when nothing is at ``path``.
+        """
+        if _lstat(folder, name) is not None:
+            return
+        with self._expecting(path):
+            parent, here = self._handles.writable_parent(path)
+            there = os.stat(here, dir_fd=parent, follow_symlinks=False)
+            if stat.S_ISDIR(there.st_mode):
+                self._rescue_below(path)
+                self._handles.widen(path)  # its .. is going to change
+                self._handles.forget()
+                parent, here = self._handles.parent(path)
+            else:
+                self._rescue_copy(parent, here, path, there)
+        try:
+            if leave and not stat.S_ISDIR(there.st_mode):
+                try:
+                    os.link(here, name, src_dir_fd=parent, dst_dir_fd=folder, follow_symlinks=False)
+                    return
+                except OSError as error:
+                    if error.errno not in (errno.EMLINK, errno.EPERM):
+                        raise
+            os.rename(here, name, src_dir_fd=parent, dst_dir_fd=folder)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise _unexpected(path, error) from None
+            self.problems["what lies on a filesystem that is mounted below a protected path has no history"] = None
+            if not leave or stat.S_ISDIR(there.st_mode):
+                self._clear(parent, here, path, there)
+
+    def clear(self, path: bytes, *, directories: bool) -> None:
+        """Make sure that nothing is at ``path``; a directory only goes, with all that is in it, if ``directories``."""
+        there = self.status(path)
+        if there is not None and (directories or not stat.S_ISDIR(there.st_mode)):
+            if not path:
+                raise BaseUnknown(path, "a root is never removed")
+            parent, name = self._handles.writable_parent(path)
+            self._clear(parent, name, path, there)
+
+    def remove_directory(self, path: bytes) -> None:
+        """Remove the directory at ``path``, which is empty."""
+        if not path:
+            raise BaseUnknown(path, "a root is never removed")
+        with self._expecting(path):
+            parent, name = self._handles.writable_parent(path)
+            self._handles.forget()
+            parent, name = self._handles.parent(path)
+            os.rmdir(name, dir_fd=parent)
+
+    def make_parents(self, path: bytes) -> None:
+        """Make sure that ``path`` lies in a directory, whatever stands in the way of that."""
+        parts = path.split(b"/")[:-1]
+        for count in range(1, len(parts) + 1):
+            above = b"/".join(parts[:count])
+            there = self.status(above)
+            if there is None or not stat.S_ISDIR(there.st_mode):
+                self.clear(above, directories=False)
+                parent, name = self._handles.writable_parent(above)
+                os.mkdir(name, 0o700, dir_fd=parent)
+
     def make_directory(self, path: bytes, meta: Meta) -> None:
-        """Make sure that a directory stands at ``path``."""
+        """Make sure that a directory stands at ``path``, where no other thing does."""
         with self._expecting(path):
             parent, name = self._handles.writable_parent(check(path))
-            there = self._lstat(parent, name)
-            if there is not None and not stat.S_ISDIR(there.st_mode):
-                self._discard(parent, name, path, there)
-                there = None
-            if there is None:
+            with contextlib.suppress(FileExistsError):
                 os.mkdir(name, 0o700, dir_fd=parent)
             self._apply_meta(parent, name, meta, FileKind.DIRECTORY)
             self._handles.settled(path)
@@ -150,101 +242,60 @@ class Tree:
             self._apply_xattrs(f"/proc/self/fd/{handle}".encode(), meta, follow=True)
         os.utime(handle, ns=(meta.atime_ns, meta.mtime_ns))
 
-    def place(self, stage: Stage, staged: Staged, path: bytes, meta: Meta) -> None:
-        """Rename a staged, durable file that was prepared with ``meta`` to its name in the tree."""
+    def put(self, staged: Staged, path: bytes, meta: Meta) -> None:
+        """Rename what was staged and prepared with ``meta`` to its name; what was there, no directory, is gone."""
         try:
             parent, name = self._handles.writable_parent(path)
-            if self._rescue is None:
-                try:
-                    os.rename(staged.name, name, src_dir_fd=staged.directory, dst_dir_fd=parent)
-                    stage.placed(staged)
-                    return
-                except OSError as error:
-                    if error.errno not in (errno.EISDIR, errno.EXDEV):
-                        raise
-            self._place_over(stage, staged, path, meta)
+            try:
+                os.rename(staged.name, name, src_dir_fd=staged.directory, dst_dir_fd=parent)
+            except OSError as error:
+                if error.errno != errno.EXDEV:
+                    raise
+                # Another filesystem is mounted somewhere below the root.
+                self._put_copy(staged, parent, name, meta)
+            if self._rescue is not None:
+                placed = os.stat(name, dir_fd=parent, follow_symlinks=False)
+                self._placed.add((placed.st_dev, placed.st_ino))
         except OSError as error:
             raise _unexpected(path, error) from None
 
-    def _place_over(self, stage: Stage, staged: Staged, path: bytes, meta: Meta) -> None:
-        """As ``place``, where it matters what is there."""
-        parent, name = self._handles.parent(path)
-        there = self._lstat(parent, name)
-        if there is not None:
-            if stat.S_ISDIR(there.st_mode):
-                self._discard(parent, name, path, there)
-                parent, name = self._handles.parent(path)
-            else:
-                self._rescue_copy(parent, name, path, there)
-        try:
-            os.rename(staged.name, name, src_dir_fd=staged.directory, dst_dir_fd=parent)
-            stage.placed(staged)
-        except OSError as error:
-            if error.errno != errno.EXDEV:
-                raise
-            # Another filesystem is mounted somewhere below the root.
-            self._place_copy(staged, parent, name, meta)
-            stage.discard(staged)
-        if self._rescue is not None:
-            placed = os.stat(name, dir_fd=parent, follow_symlinks=False)
-            self._placed.add((placed.st_dev, placed.st_ino))
+    def make_symlink(self, staged: Staged, path: bytes, meta: Meta, target: bytes) -> None:
+        """Put a symbolic link at ``path``, by the free name ``staged``; its target is data and is never followed."""
+        os.symlink(target, staged.name, dir_fd=staged.directory)
+        self._apply_meta(staged.directory, staged.name, meta, FileKind.SYMLINK)
+        self.put(staged, path, meta)
 
-    def status(self, path: bytes) -> os.stat_result:
-        """What is at ``path``, which was just placed; raises OSError."""
-        parent, name = self._handles.parent(path)
-        return os.stat(name, dir_fd=parent, follow_symlinks=False)
-
-    def make_symlink(self, path: bytes, meta: Meta, target: bytes) -> None:
-        """Put a symbolic link at ``path``; its target is data and is never followed."""
-        self._no_link_as_root(path)
-        self._replace(path, lambda parent, name: os.symlink(target, name, dir_fd=parent))
-        with self._expecting(path):
-            parent, name = self._handles.parent(path)
-            self._apply_meta(parent, name, meta, FileKind.SYMLINK)
-
-    def make_node(self, path: bytes, meta: Meta, kind: FileKind, rdev: int) -> None:
-        """Put a fifo or, where permitted, a device node at ``path``."""
-        types = {
-            FileKind.FIFO: stat.S_IFIFO,
-            FileKind.CHARACTER_DEVICE: stat.S_IFCHR,
-            FileKind.BLOCK_DEVICE: stat.S_IFBLK,
-        }
-        if kind not in types:
+    def make_node(self, staged: Staged, path: bytes, meta: Meta, kind: FileKind, rdev: int) -> None:
+        """Put a fifo or, where permitted, a device node at ``path``, by the free name ``staged``."""
+        if kind not in _NODES:
             raise BaseUnknown(path, f"{kind!r} is not a kind of node")
         try:
-            self._replace(path, lambda parent, name: os.mknod(name, types[kind] | 0o600, device=rdev, dir_fd=parent))
+            os.mknod(staged.name, _NODES[kind] | 0o600, device=rdev, dir_fd=staged.directory)
         except PermissionError:
             self.problems[f"{kind.name.lower().replace('_', ' ')}: not permitted to make one"] = None
             return
-        with self._expecting(path):
-            parent, name = self._handles.parent(path)
-            self._apply_meta(parent, name, meta, kind)
+        self._apply_meta(staged.directory, staged.name, meta, kind)
+        self.put(staged, path, meta)
 
-    def link(self, path: bytes, to: bytes) -> None:
-        """Make ``path`` another name of the file at ``to``."""
-        with self._expecting(to):
-            source_parent, source_name = self._handles.parent(check(to))
-            source = os.stat(source_name, dir_fd=source_parent, follow_symlinks=False)
-        if stat.S_ISLNK(source.st_mode):
-            self._no_link_as_root(path)
+    def pin(self, path: bytes, pin: Staged) -> None:
+        """Give the file at ``path`` the name ``pin``, if nothing has it yet; raises BaseUnknown when there is none."""
+        if _lstat(pin.directory, pin.name) is not None:
+            return
         with self._expecting(path):
-            parent, name = self._handles.parent(check(path))
-            there = self._lstat(parent, name)
-            if there is not None and (there.st_dev, there.st_ino) == (source.st_dev, source.st_ino):
-                return
-        self._replace(
-            path,
-            lambda parent, name: os.link(
-                self._handles.parent(to)[1],
-                name,
-                src_dir_fd=self._handles.parent(to)[0],
-                dst_dir_fd=parent,
-                follow_symlinks=False,
-            ),
-        )
+            parent, name = self._handles.writable_parent(check(path))
+            os.link(name, pin.name, src_dir_fd=parent, dst_dir_fd=pin.directory, follow_symlinks=False)
+
+    def link(self, pin: Staged, staged: Staged, path: bytes) -> None:
+        """Make ``path`` another name of the file that ``pin`` names, by the free name ``staged``."""
+        if self.is_at(path, pin):
+            return
+        os.link(pin.name, staged.name, src_dir_fd=pin.directory, dst_dir_fd=staged.directory, follow_symlinks=False)
+        with self._expecting(path):
+            parent, name = self._handles.writable_parent(path)
+            self._rename(staged.directory, staged.name, parent, name)
 
     def move(self, path: bytes, to: bytes) -> None:
-        """Rename ``path`` to ``to``."""
+        """Rename ``path`` to ``to``, where no directory is."""
         if not path or not to:
             raise BaseUnknown(path, "a root cannot be moved")
         with self._expecting(path):
@@ -255,35 +306,17 @@ class Tree:
         with self._expecting(to):
             parent, name = self._handles.parent(path)
             to_parent, to_name = self._handles.writable_parent(check(to))
-            target = self._lstat(to_parent, to_name)
-            if target is not None and stat.S_ISDIR(target.st_mode):
-                self._discard(to_parent, to_name, to, target)
-            elif target is not None:
-                self._rescue_copy(to_parent, to_name, to, target)
-                if stat.S_ISDIR(there.st_mode):
-                    os.unlink(to_name, dir_fd=to_parent)
-                elif (target.st_dev, target.st_ino) == (there.st_dev, there.st_ino):
-                    # rename(2) between two names of one file does nothing; the old name must go.
-                    os.unlink(name, dir_fd=parent)
-                    return
+            target = _lstat(to_parent, to_name)
+            if target is not None and (target.st_dev, target.st_ino) == (there.st_dev, there.st_ino):
+                # rename(2) between two names of one file does nothing; the old name must go.
+                os.unlink(name, dir_fd=parent)
+                return
+            if target is not None and stat.S_ISDIR(there.st_mode):
+                os.unlink(to_name, dir_fd=to_parent)
             parent, name = self._handles.parent(path)
             to_parent, to_name = self._handles.parent(to)
             self._rename(parent, name, to_parent, to_name)
         self._handles.moved(path, to)
-
-    def remove(self, path: bytes) -> None:
-        """Make sure that nothing is at ``path``."""
-        if not path:
-            raise BaseUnknown(path, "a root is never removed")
-        try:
-            parent, name = self._handles.writable_parent(check(path))
-        except OSError as error:
-            if error.errno in MISSING:
-                return
-            raise
-        there = self._lstat(parent, name)
-        if there is not None:
-            self._discard(parent, name, path, there)
 
     def set_meta(self, path: bytes, meta: Meta) -> None:
         """Give ``path`` this metadata."""
@@ -293,27 +326,16 @@ class Tree:
             self._apply_meta(parent, name, meta, _kind(there.st_mode))
             self._handles.settled(path)
 
-    def sync(self, paths: set[bytes | None]) -> None:
-        """Make directories' names and files' metadata durable (None: beside the root).
-
-        What is gone needs it no more.
-        """
+    def restore(self) -> None:
+        """Give directories that were opened up for us their true modes."""
         self._handles.restore()
-        for path in paths:
-            try:
-                os.fsync(self._handles.directory(path))
-            except FileNotFoundError:
-                continue
-            except (NotADirectoryError, PermissionError):
-                if path is None or not self._sync_file(path):
-                    self.sync_all(paths)
-                    return
 
-    def sync_all(self, paths: set[bytes | None]) -> None:
-        """As ``sync``, by writing back all filesystems that ``paths`` lie on: one call instead of thousands."""
+    def sync(self) -> None:
+        """Write back the filesystem that the root lies on, and those below it that were met; raises OSError."""
         self._handles.restore()
         done: set[int] = set()
-        for path in {None, *(path if path is None else _above(path) for path in paths), *paths}:
+        met, self._devices = self._devices, {}
+        for path in [None, b"", *(path.rpartition(b"/")[0] for path in met.values()), *met.values()]:
             with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
                 handle = self._handles.directory(path)
                 device = os.fstat(handle).st_dev
@@ -329,71 +351,53 @@ class Tree:
 
     # --- how
 
+    def is_at(self, path: bytes, staged: Staged) -> bool:
+        """Whether ``path`` is a name of the file that ``staged`` names too."""
+        there, other = self.status(path), _lstat(staged.directory, staged.name)
+        return there is not None and other is not None and (there.st_dev, there.st_ino) == (other.st_dev, other.st_ino)
+
     @staticmethod
-    def _no_link_as_root(path: bytes) -> None:
-        if not path:
-            # It would lead everything that follows to where the source likes.
-            raise UnsafePath(path, "a root's place is not for a symbolic link")
+    def is_link(pin: Staged) -> bool:
+        """Whether a pin is one of a symbolic link."""
+        return stat.S_ISLNK(os.stat(pin.name, dir_fd=pin.directory, follow_symlinks=False).st_mode)
 
-    def _sync_file(self, path: bytes) -> bool:
-        """Make a file's metadata durable; False when it is of a kind, or has a mode, that does not permit it."""
-        try:
-            handle = self.open_file(path)
-        except PermissionError:
-            return False
-        if handle is None:
-            return False
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-        return True
-
-    def _place_copy(self, staged: Staged, parent: int, name: bytes, meta: Meta) -> None:
-        """Copy a staged file beside ``name``, make it durable, and rename it."""
+    def _put_copy(self, staged: Staged, parent: int, name: bytes, meta: Meta) -> None:
+        """Copy what is staged beside ``name``, and rename that."""
+        there = os.stat(staged.name, dir_fd=staged.directory, follow_symlinks=False)
         temporary = PREFIX + os.urandom(8).hex().encode()
+        try:
+            if stat.S_ISREG(there.st_mode):
+                self._copy_content(staged, parent, temporary, meta)
+            else:
+                if stat.S_ISLNK(there.st_mode):
+                    os.symlink(os.readlink(staged.name, dir_fd=staged.directory), temporary, dir_fd=parent)
+                else:
+                    os.mknod(temporary, there.st_mode, device=there.st_rdev, dir_fd=parent)
+                self._apply_meta(parent, temporary, meta, _kind(there.st_mode))
+            os.rename(temporary, name, src_dir_fd=parent, dst_dir_fd=parent)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary, dir_fd=parent)
+            raise
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(staged.name, dir_fd=staged.directory)
+
+    def _copy_content(self, staged: Staged, parent: int, name: bytes, meta: Meta) -> None:
         source = os.open(staged.name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=staged.directory)
         with os.fdopen(source, "rb") as reader:
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-            target = os.open(temporary, flags, 0o600, dir_fd=parent)
-            try:
-                with os.fdopen(target, "wb") as writer:
-                    status = os.fstat(source)
-                    sparse = status.st_blocks * 512 < status.st_size
-                    while block := reader.read(_READ):
-                        if sparse and not block.strip(b"\0"):
-                            writer.seek(len(block), os.SEEK_CUR)
-                        else:
-                            writer.write(block)
-                    writer.truncate()
-                    self.prepare(target, meta)
-                    os.fsync(target)
-                os.rename(temporary, name, src_dir_fd=parent, dst_dir_fd=parent)
-            except BaseException:
-                os.unlink(temporary, dir_fd=parent)
-                raise
-
-    def _replace(self, path: bytes, make: Callable[[int, bytes], None]) -> None:
-        """Make something under a name of ours and rename it over ``path``: never a moment without either."""
-        with self._expecting(path):
-            parent, name = self._handles.writable_parent(check(path))
-            there = self._lstat(parent, name)
-            if there is None:
-                make(parent, name)
-                return
-            if stat.S_ISDIR(there.st_mode):
-                self._discard(parent, name, path, there)
-                parent, name = self._handles.parent(path)
-                make(parent, name)
-                return
-            self._rescue_copy(parent, name, path, there)
-            temporary = PREFIX + os.urandom(8).hex().encode()
-            make(parent, temporary)
-            try:
-                os.rename(temporary, name, src_dir_fd=parent, dst_dir_fd=parent)
-            except BaseException:
-                os.unlink(temporary, dir_fd=parent)
-                raise
+            target = os.open(name, flags, 0o600, dir_fd=parent)
+            with os.fdopen(target, "wb") as writer:
+                status = os.fstat(source)
+                sparse = status.st_blocks * 512 < status.st_size
+                while block := reader.read(_READ):
+                    if sparse and not block.strip(b"\0"):
+                        writer.seek(len(block), os.SEEK_CUR)
+                    else:
+                        writer.write(block)
+                writer.truncate()
+                self.prepare(target, meta)
+                os.fsync(target)
 
     def _rename(self, parent: int, name: bytes, to_parent: int, to_name: bytes) -> None:
         try:
@@ -404,15 +408,22 @@ class Tree:
             # Below one root there may be several mounts, or an overlay that cannot rename a lower directory.
             raise BaseUnknown(name, "it cannot be renamed across filesystems") from None
 
-    def _discard(self, parent: int, name: bytes, path: bytes, there: os.stat_result) -> None:
+    def _clear(self, parent: int, name: bytes, path: bytes, there: os.stat_result) -> None:
+        """Remove what is there; nothing of it is kept."""
         if stat.S_ISDIR(there.st_mode):
             self._handles.forget()
             parent, name = self._handles.parent(path)
-            # All that is removed is looked at, what the patterns exclude too: it would be lost as well.
             remove_tree(parent, name, path, None if self._rescue is None else self._rescue_copy)
         else:
-            self._rescue_copy(parent, name, path, there)
             os.unlink(name, dir_fd=parent)
+
+    def _rescue_below(self, path: bytes) -> None:
+        """Keep aside what nobody else is known to have of a directory that is about to go."""
+        if self._rescue is None:
+            return
+        # All of it is looked at, what the patterns exclude too: it would be lost as well.
+        parent, name = self._handles.parent(path)
+        visit_tree(parent, name, path, self._rescue_copy)
 
     def _rescue_copy(self, parent: int, name: bytes, path: bytes, there: os.stat_result) -> None:
         """Keep what is about to be lost, when nobody else is known to have it."""
@@ -512,13 +523,6 @@ class Tree:
                 raise
             self.problems[f"{what} cannot be kept here: {error.strerror}"] = None
 
-    @staticmethod
-    def _lstat(parent: int, name: bytes) -> os.stat_result | None:
-        try:
-            return os.stat(name, dir_fd=parent, follow_symlinks=False)
-        except FileNotFoundError:
-            return None
-
     @contextlib.contextmanager
     def _expecting(self, path: bytes) -> Iterator[None]:
         """What is missing here was expected by the source: its picture of the tree is wrong."""
@@ -535,12 +539,37 @@ def _unexpected(path: bytes, error: OSError) -> Exception:
     return error
 
 
+def read_meta(parent: int, name: bytes, status: os.stat_result) -> Meta:
+    """The metadata of ``name`` in a directory, whose lstat is ``status``; raises OSError."""
+    where = f"/proc/self/fd/{parent}/".encode() + name
+    try:
+        names = sorted(map(os.fsencode, os.listxattr(where, follow_symlinks=False)))
+    except OSError:
+        names = []
+    xattrs = []
+    for each in names:
+        if scanner.is_replicated_xattr(each):
+            with contextlib.suppress(OSError):
+                xattrs.append((each, os.getxattr(where, each, follow_symlinks=False)))
+    return Meta(
+        stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid, status.st_atime_ns, status.st_mtime_ns, xattrs
+    )
+
+
+def exists(parent: int, name: bytes) -> bool:
+    """Whether there is anything under a name in a directory; raises OSError."""
+    return _lstat(parent, name) is not None
+
+
+def _lstat(parent: int, name: bytes) -> os.stat_result | None:
+    try:
+        return os.stat(name, dir_fd=parent, follow_symlinks=False)
+    except FileNotFoundError:
+        return None
+
+
 def _namespace(name: bytes) -> str:
     return "xattr " + name.split(b".", 1)[0].decode("ascii", "replace")
-
-
-def _above(path: bytes) -> bytes | None:
-    return path.rpartition(b"/")[0] if path else None
 
 
 def _kind(mode: int) -> FileKind:
