@@ -19,7 +19,8 @@ def build_parser() -> argparse.ArgumentParser:
         prog="farshore",
         description="Disaster recovery over the ordinary Internet.",
         epilog="Exit codes: 0 done, 1 failed, 2 wrong usage, 3 wrong configuration, 10 unreachable, "
-        "11 refused, 13 stale epoch, 20 not done in time, 27 given up, 28 nothing is held. 'farshore COMMAND --help' tells more.",
+        "11 refused, 13 stale epoch, 20 not done in time, 27 given up, 28 nothing is held. "
+        "'farshore COMMAND --help' tells more.",
     )
     parser.add_argument("--version", action="version", version=f"farshore {__version__}")
     parser.add_argument(

@@ -295,6 +295,7 @@ class _Distinct:
 
     def add_unnamed(self, count: int, now: float) -> None:
         """So many more, of which no two are the same."""
+        self._forget(now)
         step = self.span / _STEPS
         if self._unnamed and now - self._unnamed[-1][0] < step:
             since, before = self._unnamed.pop()

@@ -200,7 +200,7 @@ def _has_magic(data: bytes) -> bool:
     if any(data.startswith(magic, offset) for offset, magic in _MAGIC):
         return True
     # A zlib stream, such as git's loose objects: RFC 1950, section 2.2.
-    return data[0] == 0x78 and (data[0] << 8 | data[1]) % 31 == 0
+    return data[:1] == b"\x78" and int.from_bytes(data[:2]) % 31 == 0
 
 
 def _is_even(data: NDArray[np.uint8]) -> bool:
