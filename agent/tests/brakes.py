@@ -14,7 +14,7 @@ from farshore.dbm.replica.brake import Brake, Hold, Verdict, Warn
 from farshore.dbm.replica.contents import Content, Inline
 
 META = Meta(0o644, 0, 0, 1, 1, [])
-_WORDS = "the of and server backup report customer invoice total name street value date note".split()
+_WORDS = (b"the", b"of", b"and", b"server", b"backup", b"report", b"customer", b"invoice", b"total", b"name", b"street")
 
 
 class Clock:
@@ -58,29 +58,32 @@ class Memory:
         return None if data is None else Inline(data)
 
     def after(self, operation: Operation) -> Content | None:
-        return Inline(self.coming[operation.path])
+        return Inline(b"" if isinstance(operation, Put) else self.coming[operation.path])
 
     def apply(self, operation: Operation) -> None:
         """What the replica would do."""
         match operation:
             case Put(path=path, data=data):
+                self._remove(path)
                 self.files[path] = data
             case Patch(path=path) | Copy(path=path):
+                self._remove(path)
                 self.files[path] = self.coming[path]
             case Link(path=path, to=to):
-                self.files[path] = self.files[to]
+                data = self.files[to]
+                self._remove(path)
+                self.files[path] = data
             case MakeDir(path=path):
-                self.directories.add(path)
+                if path not in self.directories:
+                    self._remove(path)
+                    self.directories.add(path)
             case Move(path=path, to=to):
                 self._remove(to)
-                for names in (self.files, dict.fromkeys(self.directories)):
-                    for old in [n for n in names if n == path or n.startswith(path + b"/")]:
-                        new = to + old[len(path) :]
-                        if names is self.files:
-                            self.files[new] = self.files.pop(old)
-                        else:
-                            self.directories.discard(old)
-                            self.directories.add(new)
+                for old in [n for n in self.files if n == path or n.startswith(path + b"/")]:
+                    self.files[to + old[len(path) :]] = self.files.pop(old)
+                for old in [n for n in self.directories if n == path or n.startswith(path + b"/")]:
+                    self.directories.remove(old)
+                    self.directories.add(to + old[len(path) :])
             case Remove(path=path):
                 self._remove(path)
 
@@ -118,8 +121,7 @@ class Group:
         self.brake.note_total(len(self.memory.files), sum(map(len, self.memory.files.values())))
 
     def text(self, size: int) -> bytes:
-        words = b" ".join(self.random.choice(_WORDS).encode() for _ in range(size // 4 + 1))
-        return words[:size]
+        return b" ".join(self.random.choices(_WORDS, k=size // 3 + 1))[:size]
 
     def noise(self, size: int = 400) -> bytes:
         return self.random.randbytes(size)

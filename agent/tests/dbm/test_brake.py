@@ -1,4 +1,4 @@
-"""The mass-change brake: it trips above the shares and never below them, within bounded memory, and not at ordinary work."""
+"""The mass-change brake: it trips above the shares and never below, in bounded memory, and not at ordinary work."""
 
 from __future__ import annotations
 
@@ -309,11 +309,12 @@ def test_a_program_whose_output_looks_ordinary_is_held_by_its_losses(way: object
 
 def test_a_very_slow_attack_is_held_within_a_day() -> None:
     group = Group()
-    for done, operations in enumerate(into_new_files(group, group.fill(5000))):
+    for operations in into_new_files(group, group.fill(5000)):
         if isinstance(group.send(*operations), Hold):
             break
         group.clock.now += 100
-    assert done < 600 and "within 24 h" in group.held
+    assert "within 24 h" in group.held
+    assert sum(data.isascii() for data in group.memory.files.values()) > 4700
 
 
 def test_files_that_were_written_just_before_are_guarded_too() -> None:

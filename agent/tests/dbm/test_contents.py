@@ -31,7 +31,7 @@ def turned(before: bytes, after: bytes) -> bool:
 def test_a_sample_is_bounded_and_has_both_ends(size: int) -> None:
     taken = spots(size)
     assert sum(length for _, length in taken) == min(size, 64 << 10)
-    assert all(0 <= offset and offset + length <= size for offset, length in taken)
+    assert all(offset >= 0 and offset + length <= size for offset, length in taken)
     if size:
         assert taken[0][0] == 0 and taken[-1][0] + taken[-1][1] == size
 
@@ -71,7 +71,7 @@ REAL = ["/usr/bin", "/usr/lib", "/usr/share/doc", "/usr/share", "/var/lib/dpkg/i
 
 @pytest.mark.parametrize("place", [place for place in REAL if Path(place).is_dir()])
 def test_real_files_seldom_look_random(place: str) -> None:
-    """Executables, libraries, compressed documentation, images, data: of 100 of them at most one is taken for a cipher."""
+    """Executables, libraries, compressed documentation, images, data: of 100 at most one is taken for a cipher."""
     seen, wrong = 0, []
     for directory, _, names in os.walk(place):
         for name in sorted(names):

@@ -238,6 +238,9 @@ class Brake:
             if peak >= config.least_files and gone * 100 > peak * config.most_share:
                 return _sentence(gone, peak, f"were removed within {within}", config.most_share)
         turned = self._turned.count(now)
+        # Encrypting into new files makes the group larger for a while: then what it was before counts.
+        before = self._windows[-1].totals.base(now)
+        files = before if 2 * before > files else files
         if files >= config.least_files and turned >= LEAST_TURNED and turned * 100 > files * config.entropy_share:
             what = f"turned into contents that look encrypted within {_span(self._turned.span)}"
             return _sentence(min(turned, files), files, what, config.entropy_share)

@@ -34,7 +34,7 @@ KEPT_LEAST = 0.5
 #: What every ext filesystem has in its root: one that holds nothing else is empty.
 _EMPTY = (b"lost+found",)
 
-#: The content that a Patch or Copy brings, None when it cannot be read; the caller closes it.
+#: The content that a Patch, a Copy, or a Put without its data brings, None when it cannot be read; it is closed here.
 After = Callable[[Operation], Content | None]
 
 
@@ -96,17 +96,21 @@ class TreeSight:
         while pending:
             directory = pending.pop()
             prefix = directory + b"/" if directory else b""
+            found: list[tuple[bytes, int]] = []
             # What cannot be read cannot be counted; whether it can be removed is for others to find out.
-            with contextlib.suppress(OSError, UnsafePath):
-                with os.scandir(self._handles[root].directory(directory)) as entries:
-                    found = [(os.fsencode(e.name), e.is_dir(follow_symlinks=False)) for e in entries]
-                for name, is_directory in found:
+            with (
+                contextlib.suppress(OSError, UnsafePath),
+                os.scandir(self._handles[root].directory(directory)) as entries,
+            ):
+                for entry in entries:
+                    name = os.fsencode(entry.name)
                     if name.startswith(PREFIX):
                         continue
-                    if is_directory:
+                    if entry.is_dir(follow_symlinks=False):
                         pending.append(prefix + name)
-                    elif (status := self.look(root, prefix + name)) is not None:
-                        yield prefix + name, status.st_size
+                    else:
+                        found.append((prefix + name, entry.stat(follow_symlinks=False).st_size))
+            yield from found
 
     def content(self, root: int, path: bytes) -> Content | None:
         """See ``Sight``."""
@@ -205,9 +209,10 @@ class _Description:
                 if there is None or not there.directory:
                     self._take_away(root, path, there)
                     self._now[root, path] = _Thing(True, False, 0, None)
-            case Put(data=data):
+            case Put(data=data) if data:
                 self._place(root, path, Inline(data))
-            case Patch() | Copy():
+            case Put() | Patch() | Copy():
+                # A Put whose content was staged has lost it.
                 self._place(root, path, self._after(operation))
             case Link(to=to):
                 target = self._at(root, to)
@@ -287,11 +292,12 @@ class _Description:
     def _is_empty(self, root: int) -> bool:
         """Whether the root held something, and nothing is left."""
         held = False
+        replaced = (root, b"") in self._now  # by a file
         for name in self._sight.names(root):
             if name in _EMPTY:
                 continue
             held = True
-            if self._now.get((root, name), _STAYS) is not None:
+            if not replaced and self._now.get((root, name), _STAYS) is not None:
                 return False
         names = {at for (r, at), thing in self._now.items() if r == root and thing is not None and b"/" not in at}
         return held and not names - {b"", *_EMPTY}
