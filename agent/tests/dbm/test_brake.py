@@ -170,19 +170,9 @@ def test_all_that_follows_a_hold_is_held_until_it_is_approved() -> None:
     assert isinstance(verdict, Hold) and "61 of 301 files" in verdict.reason
 
 
-def test_what_was_rejected_stays_held() -> None:
-    judge, _ = brake(100)
-    judge.judge(removal(*marks(100)))
-    judge.reject()
-    judge.reject()
-    verdict = judge.judge(Change())
-    assert isinstance(verdict, Hold) and verdict.reason.startswith("rejected by the administrator: 100 of 100 files")
-    judge.approve()
-    assert judge.judge(Change()) == Pass()
-
-
-def test_a_hold_outlives_a_restart() -> None:
-    judge = Brake(BrakeConfig(), Clock(), held="because")
+@pytest.mark.parametrize("mode", ["hold", "warn", "off"])
+def test_a_hold_outlives_a_restart(mode: str) -> None:
+    judge = Brake(BrakeConfig(mode), Clock(), held="because")  # type: ignore[arg-type]
     judge.note_total(10, 10)
     assert judge.judge(Change()) == Hold("because")
 

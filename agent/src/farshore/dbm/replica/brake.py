@@ -129,11 +129,12 @@ class Brake:
 
     def judge(self, change: Change) -> Verdict:
         """Whether ``change`` may be applied; what is judged Pass or Warn counts as applied."""
+        if self.held:
+            # However it is configured now: the administrator decides.
+            return Hold(self.held)
         if self._config.mode == "off":
             self._grow(change)
             return Pass()
-        if self.held:
-            return Hold(self.held)
         now = self._clock()
         before = self.files, self.bytes
         for window in self._windows:
@@ -166,11 +167,6 @@ class Brake:
         self.held = ""
         self.warning = ""
         self._reset(self._clock())
-
-    def reject(self) -> None:
-        """What was held is set aside; everything stays held until ``approve``."""
-        if not self.held.startswith(_REJECTED):
-            self.held = _REJECTED + self.held
 
     # --- how
 
@@ -245,9 +241,6 @@ class Brake:
             what = f"turned into contents that look encrypted within {_span(self._turned.span)}"
             return _sentence(min(turned, files), files, what, config.entropy_share)
         return ""
-
-
-_REJECTED = "rejected by the administrator: "
 
 
 class _Window:
