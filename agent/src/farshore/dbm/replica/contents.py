@@ -23,49 +23,50 @@ _CHI_LEAST, _CHI_MOST = 120.0, 390.0
 #: A part of a content that looks random counts when so much of the sample has changed.
 _CHANGED_LEAST = 0.25
 
-#: How formats begin whose content is compressed and would look random: (offset, bytes).
-_MAGIC: tuple[tuple[int, bytes], ...] = (
-    (0, b"\x1f\x8b"),  # gzip
-    (0, b"PK\x03\x04"),  # zip, and with it OpenDocument, OOXML, jar
-    (0, b"PK\x05\x06"),
-    (0, b"BZh"),
-    (0, b"\xfd7zXZ\x00"),
-    (0, b"\x28\xb5\x2f\xfd"),  # zstd
-    (0, b"\x04\x22\x4d\x18"),  # lz4
-    (0, b"7z\xbc\xaf\x27\x1c"),
-    (0, b"Rar!\x1a\x07"),
-    (0, b"\x5d\x00\x00"),  # lzma
-    (0, b"\x89LZO"),
-    (0, b"MSCF"),
-    (0, b"hsqs"),
-    (0, b"\xff\xd8\xff"),  # JPEG
-    (0, b"\x89PNG\r\n\x1a\n"),
-    (0, b"GIF8"),
-    (0, b"RIFF"),  # WebP, AVI, WAV
-    (0, b"\x00\x00\x01\x00"),  # Windows icons, of PNGs
-    (0, b"OggS"),
-    (0, b"fLaC"),
-    (0, b"ID3"),
-    (0, b"\xff\xfb"),  # MP3 without tags
-    (0, b"\xff\xf3"),
-    (0, b"\xff\xf1"),  # AAC
-    (4, b"ftyp"),  # MP4, HEIF, AVIF
-    (0, b"\x1a\x45\xdf\xa3"),  # Matroska, WebM
-    (0, b"%PDF"),
-    (0, b"wOFF"),
-    (0, b"wOF2"),
-    (0, b"PACK"),  # git
-    (0, b"\x7fELF"),
-    (0, b"MZ"),
-    (0, b"!<arch>\n"),  # Debian packages
-    (0, b"\xed\xab\xee\xdb"),  # RPM packages
-    (0, b"SQLite format 3\x00"),
-    (0, b"PAR1"),
-    (0, b"Obj\x01"),
-    (0, b"\x89HDF"),
-    (0, b"QFI\xfb"),
-    (0, b"KDMV"),
+#: How formats begin whose content is compressed and would look random.
+_MAGIC = (
+    b"\x1f\x8b",  # gzip
+    b"PK\x03\x04",  # zip, and with it OpenDocument, OOXML, jar
+    b"PK\x05\x06",
+    b"BZh",
+    b"\xfd7zXZ\x00",
+    b"\x28\xb5\x2f\xfd",  # zstd
+    b"\x04\x22\x4d\x18",  # lz4
+    b"7z\xbc\xaf\x27\x1c",
+    b"Rar!\x1a\x07",
+    b"\x5d\x00\x00",  # lzma
+    b"\x89LZO",
+    b"MSCF",
+    b"hsqs",
+    b"\xff\xd8\xff",  # JPEG
+    b"\x89PNG\r\n\x1a\n",
+    b"GIF8",
+    b"RIFF",  # WebP, AVI, WAV
+    b"\x00\x00\x01\x00",  # Windows icons, of PNGs
+    b"OggS",
+    b"fLaC",
+    b"ID3",
+    b"\xff\xfb",  # MP3 without tags
+    b"\xff\xf3",
+    b"\xff\xf1",  # AAC
+    b"\x1a\x45\xdf\xa3",  # Matroska, WebM
+    b"%PDF",
+    b"wOFF",
+    b"wOF2",
+    b"PACK",  # git
+    b"\x7fELF",
+    b"MZ",
+    b"!<arch>\n",  # Debian packages
+    b"\xed\xab\xee\xdb",  # RPM packages
+    b"SQLite format 3\x00",
+    b"PAR1",
+    b"Obj\x01",
+    b"\x89HDF",
+    b"QFI\xfb",
+    b"KDMV",
 )
+#: What MP4, HEIF and AVIF have behind four bytes.
+_MAGIC_AT_4 = b"ftyp"
 
 
 class Content(Protocol):
@@ -197,7 +198,7 @@ def _same_behind(old: NDArray[np.uint8], after: Content, offset: int, shift: int
 
 
 def _has_magic(data: bytes) -> bool:
-    if any(data.startswith(magic, offset) for offset, magic in _MAGIC):
+    if data.startswith(_MAGIC) or data.startswith(_MAGIC_AT_4, 4):
         return True
     # A zlib stream, such as git's loose objects: RFC 1950, section 2.2.
     return data[:1] == b"\x78" and int.from_bytes(data[:2]) % 31 == 0
