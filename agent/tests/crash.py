@@ -38,7 +38,7 @@ from trees import Mutator, differences
 
 from farshore import log
 from farshore.cli.mirror import make_keys
-from farshore.config import Endpoint, NodeConfig, NodeGroup, NodeRef, PathConfig, Tls
+from farshore.config import BrakeConfig, Endpoint, NodeConfig, NodeGroup, NodeRef, PathConfig, Tls
 from farshore.control import api, client
 from farshore.daemons import node
 from farshore.dbm.index import Index
@@ -317,6 +317,8 @@ class Campaign:
             side="local" if side == "source" else "remote",
             peer=NodeRef(peer, "127.0.0.1", self._ports[peer]),
             paths=tuple(PathConfig(f"/{name}", str(self.tree(side) / name)) for name in ROOTS),
+            # What changes here all the time is most of the tree.
+            brake=BrakeConfig("off"),
         )
         return NodeConfig(
             side,

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from farshore.config import Bandwidth, MonitorConfig, NodeConfig, Window, load, parse
+from farshore.config import Bandwidth, BrakeConfig, MonitorConfig, NodeConfig, Window, load, parse
 from farshore.errors import ConfigError
 
 NODE: dict[str, Any] = {
@@ -70,6 +70,21 @@ def test_bandwidth_is_read() -> None:
 
 
 @pytest.mark.parametrize(
+    ("data", "brake"),
+    [
+        ({}, BrakeConfig("hold", 60, 20, 50, 5)),
+        ({"mode": "warn", "window": 600, "most_share": 12.5}, BrakeConfig("warn", 600, 12.5)),
+        ({"mode": "off"}, BrakeConfig("off")),
+        # So YAML reads the word when it has no quotes.
+        ({"mode": False}, BrakeConfig("off")),
+    ],
+)
+def test_the_brake_is_read(data: dict[str, Any], brake: BrakeConfig) -> None:
+    assert parse(changed(NODE, ["groups", "web", "brake"], data), NodeConfig).groups["web"].brake == brake
+    assert parse(NODE, NodeConfig).groups["web"].brake == BrakeConfig()
+
+
+@pytest.mark.parametrize(
     ("limit", "rate"),
     [
         ("unlimited", math.inf),
@@ -115,6 +130,14 @@ def test_units_of_bandwidth(limit: str, rate: float) -> None:
         (["groups", "web", "bandwidth"], window(limit="1MB/s", to=1080), ["schedule[0].to", "1080", "quotes"]),
         (["groups", "web", "bandwidth"], window(limit="1MB/s", to="00:00"), ["schedule[0]", "no time at all"]),
         (["groups", "web", "bandwidth"], window(limit="1MB/s", start="08:00"), ["schedule[0].start", "from, to"]),
+        (["groups", "web", "brake"], "hold", ["groups.web.brake", "mapping"]),
+        (["groups", "web", "brake"], {"mode": "stop"}, ["groups.web.brake.mode", "stop", "'hold', 'warn', 'off'"]),
+        (["groups", "web", "brake"], {"mode": True}, ["groups.web.brake.mode", "True", "'hold'"]),
+        (["groups", "web", "brake"], {"window": 0}, ["groups.web.brake.window", "0", "1..86400"]),
+        (["groups", "web", "brake"], {"most_share": 0.2}, ["brake.most_share", "0.2", "1..100 percent"]),
+        (["groups", "web", "brake"], {"entropy_share": 101}, ["brake.entropy_share", "101", "1..100 percent"]),
+        (["groups", "web", "brake"], {"least_files": 0}, ["brake.least_files", "0", "from 1"]),
+        (["groups", "web", "brake"], {"least_files": 9.5}, ["brake.least_files", "9.5", "whole number"]),
         (["groups", "a name"], NODE["groups"]["web"], ["a name", "letters"]),
         (["groups", "more"], NODE["groups"]["web"], ["/srv/www", "groups.web.paths"]),
         (["log_level"], "loud", ["log_level", "loud", "debug"]),

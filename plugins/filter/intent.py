@@ -21,7 +21,7 @@ SITE_OF = {"ldrg": "ldc", "local_servers": "ldc", "rdrg": "rbc", "backup_servers
 
 _GROUP_KEYS = (
     "local_server", "backup_server", "paths", "services", "units",
-    "failover", "failback", "rpo", "hold_down", "step_timeout", "bandwidth", "compress",
+    "failover", "failback", "rpo", "hold_down", "step_timeout", "bandwidth", "compress", "brake",
 )  # fmt: skip
 _SITE_KEYS = ("network", "public_address")
 _PATH_KEYS = ("path", "replica", "include", "exclude")
@@ -29,6 +29,7 @@ _SERVICE_KEYS = ("port", "protocol", "backend_port", "check")
 _CHECK_KEYS = ("kind", "interval", "timeout", "rise", "fall", "path", "host", "statuses")
 _RPO_KEYS = ("warn", "critical")
 _BANDWIDTH_KEYS = ("limit", "schedule")
+_BRAKE_KEYS = ("mode", "window", "most_share", "least_files", "entropy_share")
 _WINDOW_KEYS = ("days", "from", "to", "limit")
 _DAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,19}")
@@ -63,6 +64,8 @@ def node_groups(intent: Intent, host: str, hostvars: HostVars, replica_root: str
                     entry[key] = dict(group[key])
             if "compress" in group:
                 entry["compress"] = group["compress"]
+            if group.get("brake"):
+                entry["brake"] = _brake(group["brake"])
             found[str(name)] = entry
     return found
 
@@ -148,10 +151,14 @@ def status_table(groups: Mapping[str, Mapping[str, Any]]) -> list[str]:
     for name, group in sorted(groups.items()):
         source = group.get("local" if group.get("owner") == "local" else "backup") or {}
         rpo = source.get("rpo")
+        why = group.get("reason", "")
+        for side in ("local", "backup"):
+            if held := (group.get(side) or {}).get("held"):
+                why = f"HELD on the {side} server: {held}; {why}"
         rows.append((
             name, group.get("phase", ""), group.get("served_by", ""), group.get("owner", ""),
             str(group.get("epoch", "")), "unknown" if rpo is None else f"{rpo:.1f} s",
-            str(source.get("backlog_paths", "unknown")), group.get("reason", ""),
+            str(source.get("backlog_paths", "unknown")), why,
         ))  # fmt: skip
     widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
     return ["  ".join(str(cell).ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
@@ -168,6 +175,11 @@ def _path(item: Any, group: str, side: str, intent: Intent, replica_root: str) -
     if isinstance(item, Mapping):
         entry.update({key: list(item[key]) for key in ("include", "exclude") if item.get(key)})
     return entry
+
+
+def _brake(brake: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys, with ``off`` as a word: without quotes it is false to YAML."""
+    return {key: "off" if key == "mode" and value is False else value for key, value in brake.items()}
 
 
 def _source(item: Any) -> str:
@@ -243,6 +255,7 @@ def _group_errors(where: str, name: Any, group: Any, groups: Mapping[str, Sequen
             yield f"{where}.{key}: {group[key]!r} is not a number of seconds"
     yield from _rpo_errors(f"{where}.rpo", group.get("rpo", {}))
     yield from _bandwidth_errors(f"{where}.bandwidth", group.get("bandwidth", {}))
+    yield from _brake_errors(f"{where}.brake", group.get("brake", {}))
     if not isinstance(group.get("compress", True), bool):
         yield f"{where}.compress: {group['compress']!r} is not allowed; allowed: true, false"
     yield from _list_errors(where, group, "paths", _path_errors)
@@ -304,6 +317,22 @@ def _rpo_errors(where: str, rpo: Any) -> Iterator[str]:
         warn, critical = rpo.get("warn", 5), rpo.get("critical", 30)
         if not (_is_number(warn) and _is_number(critical) and 0 < warn <= critical):
             yield f"{where}: warn {warn!r} and critical {critical!r}; allowed: 0 < warn <= critical, in seconds"
+
+
+def _brake_errors(where: str, brake: Any) -> Iterator[str]:
+    yield from _keys(where, brake, _BRAKE_KEYS)
+    if not isinstance(brake, Mapping):
+        return
+    if _brake(brake).get("mode", "hold") not in ("hold", "warn", "off"):
+        yield f"{where}.mode: {brake['mode']!r} is not allowed; allowed: hold, warn, off"
+    for key in ("window", "most_share", "entropy_share"):
+        value = brake.get(key, 1)
+        most, unit = (86400, "seconds") if key == "window" else (100, "percent")
+        if not _is_number(value) or not 1 <= value <= most:
+            yield f"{where}.{key}: {value!r} is not in 1..{most} {unit}"
+    files = brake.get("least_files", 1)
+    if not isinstance(files, int) or isinstance(files, bool) or files < 1:
+        yield f"{where}.least_files: {files!r} is not a number of files from 1"
 
 
 def _bandwidth_errors(where: str, bandwidth: Any) -> Iterator[str]:

@@ -210,6 +210,41 @@ def test_preflight_and_agent_agree_on_the_schedule(intent: ModuleType, inventory
         assert not refused
 
 
+BRAKES = [
+    {},
+    *({"mode": mode} for mode in ("hold", "warn", "off", False, True, "stop", "", None, ["hold"])),
+    *({"window": window} for window in (1, 0.5, 86400, 86401, "60", None, True)),
+    *({"most_share": share} for share in (1, 100, 100.5, 0, -1, "20%", None)),
+    *({"entropy_share": share} for share in (5, 0.99)),
+    *({"least_files": files} for files in (1, 0, 2.5, True, "50")),
+    {"most_files": 5},
+]
+
+
+@pytest.mark.parametrize("keys", BRAKES, ids=str)
+def test_preflight_and_agent_agree_on_the_brake(intent: ModuleType, inventory: Inventory, keys: Any) -> None:
+    config = pytest.importorskip("farshore.config")
+    inventory["intent"]["web"]["brake"] = keys
+    found = errors(intent, inventory)
+    try:
+        config.parse(keys, config.BrakeConfig)
+    except config.ConfigError:
+        assert found and all(error.startswith("farshore_groups.web.brake") for error in found)
+    else:
+        assert found == []
+
+
+def test_both_ends_are_told_of_the_brake(intent: ModuleType, inventory: Inventory) -> None:
+    # Each of them may be the replica. Without quotes, off is false to YAML.
+    inventory["intent"]["web"]["brake"] = yaml.safe_load("{mode: off, window: 120}")
+    assert errors(intent, inventory) == []
+    for host in ("web1", "bak1"):
+        group = intent.node_groups(inventory["intent"], host, inventory["hostvars"], "/replicas")["web"]
+        assert yaml.safe_load(yaml.dump(group))["brake"] == {"mode": "off", "window": 120}
+    del inventory["intent"]["web"]["brake"]
+    assert "brake" not in intent.node_groups(inventory["intent"], "bak1", inventory["hostvars"], "/replicas")["web"]
+
+
 def test_a_port_is_published_once(intent: ModuleType, two_servers: Inventory) -> None:
     two_servers["intent"]["db"]["services"][0]["port"] = 80
     assert any("port 80/tcp is published by group" in error for error in errors(intent, two_servers))
@@ -242,3 +277,5 @@ def test_the_status_is_a_table(intent: ModuleType) -> None:
     head, row = intent.status_table({"web": group})
     assert head.split() == ["GROUP", "PHASE", "SERVED", "BY", "OWNER", "EPOCH", "RPO", "BACKLOG", "WHY"]
     assert row.split() == ["web", "normal", "local", "local", "1", "0.2", "s", "3", "all", "is", "well"]
+    group["backup"] = {"held": "too much"}
+    assert intent.status_table({"web": group})[1].endswith("HELD on the backup server: too much; all is well")

@@ -188,6 +188,31 @@ class History:
 
 
 @dataclass(frozen=True, slots=True)
+class BrakeConfig:
+    """When a replica stops and asks before it applies a mass change; ``dbm.replica.brake`` has the rules.
+
+    ``window`` in seconds; ``most_share`` of the group's files may be rewritten or removed in it, and ``entropy_share``
+    may turn into contents that look encrypted within a day, both in percent: 100 is never exceeded. A group of fewer
+    than ``least_files`` is never judged by its shares.
+    """
+
+    mode: Literal["hold", "warn", "off"] = "hold"
+    window: float = 60.0
+    most_share: float = 20.0
+    least_files: int = 50
+    entropy_share: float = 5.0
+
+    def validate(self, where: str) -> None:
+        if not 1 <= self.window <= 86400:
+            raise ConfigError(f"{where}.window", f"{self.window} is not in 1..86400 seconds")
+        for name in ("most_share", "entropy_share"):
+            if not 1 <= getattr(self, name) <= 100:
+                raise ConfigError(f"{where}.{name}", f"{getattr(self, name)} is not in 1..100 percent")
+        if self.least_files < 1:
+            raise ConfigError(f"{where}.least_files", f"{self.least_files} is not a number of files from 1")
+
+
+@dataclass(frozen=True, slots=True)
 class NodeGroup:
     """A protection group as one of its two nodes sees it."""
 
@@ -199,6 +224,7 @@ class NodeGroup:
     bandwidth: Bandwidth = field(default_factory=Bandwidth)
     compress: bool = True
     history: History = field(default_factory=History)
+    brake: BrakeConfig = field(default_factory=BrakeConfig)
 
     def validate(self, where: str) -> None:
         if not self.paths:
@@ -369,6 +395,8 @@ def _convert(data: Any, kind: Any, where: str) -> Any:
         kinds = [k for k in typing.get_args(kind) if k is not type(None)]
         return None if data is None else _convert(data, kinds[0], where)
     if origin is Literal:
+        if data is False and "off" in typing.get_args(kind):
+            return "off"  # which YAML 1.1 takes for a truth value
         if data not in typing.get_args(kind):
             allowed = ", ".join(map(repr, typing.get_args(kind)))
             raise ConfigError(name, f"{data!r} is not allowed; allowed: {allowed}")

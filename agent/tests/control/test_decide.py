@@ -56,6 +56,9 @@ def says(fact: NodeFact, **changes: Any) -> NodeFact:
     return replace(fact, status=GroupStatus(**(values | changes)))
 
 
+HOLDS = says(BAK, state="held", held="24% were rewritten", held_transactions=12)
+
+
 @pytest.mark.parametrize(
     ("state", "facts", "kind", "to", "reason"),
     [
@@ -301,6 +304,51 @@ def says(fact: NodeFact, **changes: Any) -> NodeFact:
             "give_back",
             None,
             "web1 becomes the owner",
+        ),
+        # Changes that a replica holds.
+        (NORMAL, replace(FACTS, backup=HOLDS), "stay", None, "web1 serves the users; bak1 holds 12 transactions"),
+        (
+            replace(NORMAL, wish="failover"),
+            replace(FACTS, backup=HOLDS),
+            "stay",
+            None,
+            "the operator asked for a failover, but bak1 holds 12 transactions that it was sent: 24% were rewritten",
+        ),
+        (
+            replace(NORMAL, wish="failover"),
+            replace(FACTS, backup=says(HOLDS, state="rejected")),
+            "move",
+            "handing_over",
+            "web1 stops and sends its last changes first",
+        ),
+        (NORMAL, replace(DEAD, backup=HOLDS), "move", "promoting", "bak1 holds 12 transactions"),
+        (
+            replace(AWAY, phase="recovering"),
+            replace(BACK, local=says(WEB_2, held="too much", state="held")),
+            "stay",
+            None,
+            "web1 recovers: web1 holds 0 transactions that it was sent: too much",
+        ),
+        (
+            replace(AWAY, phase="recovered"),
+            replace(BACK, local=says(WEB_2, held="too much", state="held")),
+            "move",
+            "recovering",
+            "web1 recovers: web1 holds",
+        ),
+        (
+            replace(AWAY, phase="freezing"),
+            replace(BACK, local=says(WEB_2, held="too much", state="held")),
+            "call_off",
+            None,
+            "failback called off: web1 holds",
+        ),
+        (
+            replace(AWAY, phase="returning", owner="local", epoch=3),
+            replace(BACK, local=says(WEB_2, held="too much", state="held")),
+            "move",
+            "promoting",
+            "web1 can't take the group back (web1 holds",
         ),
         # A state that was lost.
         (

@@ -70,6 +70,7 @@ class SimNode:
     owner: Side = "local"
     data: frozenset[int] = frozenset()
     synced_once: bool = False
+    held: str = ""
     # Lost in a crash:
     up: bool = True
     confirmed: bool = False
@@ -126,7 +127,9 @@ class World:
                 and replica.confirmed
                 and (replica.owner, replica.epoch) == (source.owner, source.epoch)
             ):
-                replica.data = source.data
+                # What the brake holds is acknowledged like all else; the tree is without it.
+                if not replica.held:
+                    replica.data = source.data
                 replica.synced_once = True
                 return True
         return False
@@ -162,7 +165,7 @@ class World:
                 if request.epoch == node.epoch and request.owner != node.owner:
                     return api.Failed("another owner has this epoch", 13)
                 if request.epoch > node.epoch:
-                    node.frozen = False
+                    node.frozen, node.held = False, ""
                     # Its own writes make an owner's tree another one than the replica's that it becomes.
                     node.synced_once &= not (node.owner == node.side != request.owner)
                 node.epoch, node.owner, node.confirmed = request.epoch, request.owner, True
@@ -204,14 +207,16 @@ class World:
             state=state,
             reason="",
             connected=joined,
-            in_step=node.is_source and joined and node.data == other.data,
-            rpo=(0.0 if node.data == other.data else 0.5) if node.is_source else None,
+            in_step=node.is_source and joined and (node.data == other.data or bool(other.held)),
+            rpo=(0.0 if node.data == other.data or other.held else 0.5) if node.is_source else None,
             backlog_paths=0,
             seq=0,
             sent_bytes=0,
             units={"nginx.service": "active" if node.units else "inactive"},
             problems=[],
             synced_once=node.synced_once,
+            held=node.held,
+            held_transactions=7 if node.held else 0,
         )
 
     # --- the users ---
@@ -603,6 +608,41 @@ def test_a_failed_service_on_a_live_server_loses_nothing() -> None:
     assert phases == ["normal", "handing_over", "promoting", "verifying", "failed_over"]
     assert world.writes["local"] <= world.nodes["remote"].data
     assert not world.nodes["local"].units and world.nodes["local"].owner == "remote"
+    made.close()
+
+
+def test_users_do_not_go_back_to_a_server_that_holds_changes() -> None:
+    made = bench()
+    world = made.world
+    world.nodes["local"].crash()
+    made.go(12)
+    world.nodes["local"].up = True
+    while world.nodes["local"].epoch != 2:
+        made.go(1)
+    world.nodes["local"].held = "too much"
+    made.go(30)
+    assert made.state.phase == "recovering" and world.rules == "remote"
+    assert "web1 holds 7 transactions that it was sent: too much" in made.driver.reason
+    assert made.driver.status().local.held == "too much"  # type: ignore[union-attr]
+    world.nodes["local"].held = ""
+    assert made.go(30)[-1] == "normal"
+    assert world.writes["remote"] <= world.nodes["local"].data
+    told = [line.split(" ", 2)[2] for line in made.driver._events.lines()]
+    assert told.count("HELD on web1: too much") == 1 and told.count("web1 holds nothing any more") == 1
+    made.close()
+
+
+def test_a_server_that_dies_while_its_changes_are_held_is_replaced_without_them() -> None:
+    made = bench()
+    world = made.world
+    before = world.nodes["remote"].data
+    world.nodes["remote"].held = "too much"
+    made.go(5)
+    assert made.driver.reason == "web1 serves the users; bak1 holds 7 transactions that it was sent: too much"
+    world.nodes["local"].crash()
+    made.go(12, write=False)
+    assert made.state.phase == "failed_over" and world.nodes["remote"].data == before
+    assert any("bak1 holds 7 transactions" in line and "takes over" in line for line in made.driver._events.lines())
     made.close()
 
 

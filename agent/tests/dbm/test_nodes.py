@@ -15,9 +15,10 @@ from trees import Mutator, differences
 
 from farshore import tls
 from farshore.config import NodeRef, Tls
-from farshore.control import api, client
+from farshore.control import api, client, server
 from farshore.dbm import sender, uploads, wire
 from farshore.dbm.blocks import BlockWriter
+from farshore.dbm.group import NothingHeld
 from farshore.dbm.messages import (
     Ack,
     Applied,
@@ -292,6 +293,11 @@ async def test_only_gateways_name_owners(pair: Pair) -> None:
     assert isinstance(await ask("gateway", order), api.Done)
     with pytest.raises(client.RequestFailed, match="local administrator"):
         await ask("gateway", api.Pause("web"))
+    for decision in (api.Approve("web"), api.Reject("web")):
+        with pytest.raises(client.RequestFailed, match="local administrator"):
+            await ask("gateway", decision)
+        with pytest.raises(NothingHeld, match="nothing is held"):
+            await pair.remote.handle(decision, server.LOCAL)
     with pytest.raises(client.RequestFailed, match="known: web"):
         await ask("gateway", api.SetOwner("nope", "local", 1))
 

@@ -165,6 +165,18 @@ def test_nothing_is_removed_because_the_root_is_missing(source: Source) -> None:
     assert paths_of(source.tell(Hint(0, b"f", Kind.DELETED)), Remove) == [b"f"]
 
 
+def test_a_filesystem_that_was_just_made_empties_nothing(source: Source) -> None:
+    (source.tree / "f").write_text("1")
+    source.tell()
+    source.index.set_fact(source.planner._device_key(0), b"1")
+    (source.tree / "f").unlink()
+    (source.tree / "lost+found").mkdir()
+    assert paths_of(source.tell(), Remove) == []
+    assert source.planner.absent_roots == {0}
+    (source.tree / "g").write_text("2")
+    assert paths_of(source.tell(), Remove) == [b"f"]
+
+
 def test_an_unmounted_root_is_known_after_the_index_was_cleared(source: Source) -> None:
     source.tell()
     # Filled only later, without a look at the root itself.

@@ -65,7 +65,7 @@ async def _mirror(
     *,
     once: bool,
 ) -> int:
-    from farshore.config import Endpoint, NodeConfig, NodeGroup, NodeRef, PathConfig, Tls
+    from farshore.config import BrakeConfig, Endpoint, NodeConfig, NodeGroup, NodeRef, PathConfig, Tls
     from farshore.control import client
     from farshore.daemons.node import Node
 
@@ -79,6 +79,8 @@ async def _mirror(
             side="local" if name == "source" else "remote",
             peer=NodeRef(peer, _HOST, peer_port),
             paths=(PathConfig("/mirror", path, include, exclude),),
+            # Whoever asks for a mirror wants what is there, whatever becomes of it.
+            brake=BrakeConfig("off"),
         )
         return NodeConfig(name, Endpoint(_HOST, 0), keys, {_GROUP: group}, state_dir=state / name)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
+import time
 from collections.abc import Iterable, Sequence
 
 import msgspec
@@ -71,6 +72,7 @@ def _describe(answer: api.Answer) -> Iterable[str]:
             )
         yield from _table(rows)
         for group in answer.groups.values():
+            yield from _held(group, "")
             for problem in group.problems:
                 yield f"  ! {group.group}: {problem}"
     elif isinstance(answer, api.MonitorStatus):
@@ -83,6 +85,23 @@ def _describe(answer: api.Answer) -> Iterable[str]:
             )
             rows.append((switch.group, switch.phase, switch.served_by, str(switch.epoch), health or "-", switch.reason))
         yield from _table(rows)
+        for switch in answer.groups.values():
+            for where, node in (("local", switch.local), ("backup", switch.backup)):
+                if node is not None:
+                    yield from _held(node, f" on the {where} server")
+
+
+def _held(group: api.GroupStatus, where: str) -> Iterable[str]:
+    """What the administrator has to decide."""
+    if not group.held:
+        return
+    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(group.held_since))
+    yield f"  HELD {group.group}{where}: {group.held}"
+    yield f"       {group.held_transactions} transactions wait since {since}; they are durable there, not applied"
+    choice = f"'farshore approve {group.group}' or 'farshore reject {group.group}'"
+    if group.state == "rejected":
+        choice = f"'farshore approve {group.group}', or a change of the owner"
+    yield f"       {choice}{where} ends it; see docs/brake.md"
 
 
 def _table(rows: Sequence[Sequence[str]]) -> Iterable[str]:

@@ -77,6 +77,21 @@ class Resume(_Message, frozen=True, tag="resume"):
     group: str = ""
 
 
+class Approve(_Message, frozen=True, tag="approve"):
+    """Apply what the brake holds of ``group`` on this replica. Local administrator only."""
+
+    group: str
+
+
+class Reject(_Message, frozen=True, tag="reject"):
+    """Set aside what the brake holds of ``group``, and hold what follows until Approve or a change of the owner.
+
+    Local administrator only.
+    """
+
+    group: str
+
+
 # --- requests to the monitor ---------------------------------------------------------------------
 
 
@@ -87,7 +102,7 @@ class Wish(_Message, frozen=True, tag="wish"):
     want: Literal["failover", "failback", "recover", "none"]
 
 
-Request = StatusRequest | SetOwner | Freeze | Thaw | Flush | Pause | Resume | Wish
+Request = StatusRequest | SetOwner | Freeze | Thaw | Flush | Pause | Resume | Approve | Reject | Wish
 
 # --- answers -------------------------------------------------------------------------------------
 
@@ -97,12 +112,13 @@ class GroupStatus(msgspec.Struct, frozen=True):
 
     ``state``: "unconfirmed" (epoch not confirmed since start), "replicating" (in step or sending), "syncing"
     (a full comparison is under way), "disconnected", "paused", "replica", "fenced" (the other side owns a
-    newer epoch), "frozen", "error".
+    newer epoch), "frozen", "held" (the brake waits for the administrator), "rejected", "error".
     ``rpo``: age of the oldest change that is not yet durable on the other side, 0 when there is none, None on
     the side that doesn't own the group. ``in_step``: this node owns the group and everything seen so far is
     durable on the other side. ``backlog_bytes``: what this replica has made durable and not applied to its tree yet.
     ``history_since``: seconds since the epoch of the oldest state that this replica can go back to; ``history_bytes``:
-    what its history takes.
+    what its history takes. ``held``: why this replica does not apply what it receives until the administrator has
+    decided, "" when it does; ``held_transactions`` wait since ``held_since`` (seconds since the Unix epoch, else 0).
     """
 
     group: str
@@ -123,6 +139,9 @@ class GroupStatus(msgspec.Struct, frozen=True):
     backlog_bytes: int = 0
     history_since: float | None = None
     history_bytes: int = 0
+    held: str = ""
+    held_transactions: int = 0
+    held_since: float = 0.0
 
 
 class NodeStatus(_Message, frozen=True, tag="node-status"):

@@ -239,6 +239,13 @@ def _unfit(facts: Facts) -> str:
     return ""
 
 
+def _held(fact: NodeFact) -> str:
+    """That a replica holds changes and does not apply them; "" when it does not."""
+    if fact.status is None or not fact.status.held:
+        return ""
+    return f"{fact.name} holds {fact.status.held_transactions} transactions that it was sent: {fact.status.held}"
+
+
 def _how(status: GroupStatus) -> str:
     """A node's state, with the reason where that does not count as it goes."""
     if status.connected:
@@ -283,6 +290,9 @@ def _normal(state: GroupState, facts: Facts) -> Action:
         )
     if local.status is not None and (not local.status.connected or local.status.state != "replicating"):
         return _stay(f"{served}; {local.name} is {_how(local.status)}: changes are not protected")
+    held = _held(backup)
+    if held:
+        return _stay(f"{served}; {held}")
     return _stay(f"{served}; {backup.name} stands by")
 
 
@@ -304,6 +314,9 @@ def _wished_failover(state: GroupState, facts: Facts) -> Action:
     if not local.status.connected or local.status.state != "replicating":
         # A freeze would make the users wait for nothing.
         return _stay(f"{asked}, but {local.name} is {_how(local.status)}: its last changes can't be sent")
+    if facts.backup.status is not None and facts.backup.status.state == "held":
+        # Rejected changes do not stand in the way: then it is decided that the replica is right without them.
+        return _stay(f"{asked}, but {_held(facts.backup)}")
     return _move(state, "handing_over", f"{asked}: {local.name} stops and sends its last changes first", planned=True)
 
 
@@ -325,7 +338,8 @@ def _failed(state: GroupState, facts: Facts) -> Action:
         if facts.failover == "manual":
             return _stay(f"{failed}; failover is manual: waiting for the operator")
         return _stay(f"{failed}, but {hindrance}")
-    return _take_over(state, facts, failed)
+    held = _held(facts.backup)
+    return _take_over(state, facts, f"{failed}; {held}" if held else failed)
 
 
 def _take_over(state: GroupState, facts: Facts, why: str) -> Action:
@@ -466,6 +480,9 @@ def _not_ready(state: GroupState, facts: Facts) -> str:
     # replica that knows that it has had the whole.
     if not local.status.synced_once:
         return f"{backup.name} sends what is missing there"
+    # The source counts what is held there as received; the tree is without it.
+    if local.status.held:
+        return _held(local)
     if not status.in_step and (status.rpo is None or status.rpo > READY_RPO):
         return f"changes older than {READY_RPO:g} s are still on their way"
     return ""
@@ -477,7 +494,7 @@ def _lapsed(state: GroupState, facts: Facts) -> bool:
     if local is None or status is None:
         return False
     current = _agrees(state, local) and _agrees(state, status)
-    return not (current and status.connected and status.state == "replicating")
+    return not (current and status.connected and status.state == "replicating") or bool(local.held)
 
 
 def _freezing(state: GroupState, facts: Facts) -> Action:
@@ -488,6 +505,8 @@ def _freezing(state: GroupState, facts: Facts) -> Action:
         return Action("call_off", f"failback called off: {_silent(backup)}", "remote")
     if not _may_return(state, facts):
         return Action("call_off", "failback called off: the operator does not want it any more", "remote")
+    if _held(local):
+        return Action("call_off", f"failback called off: {_held(local)}", "remote")
     return Action("freeze", f"{backup.name} stops its units and sends its last changes", "remote")
 
 
@@ -495,8 +514,9 @@ def _returning(state: GroupState, facts: Facts) -> Action:
     local, backup = facts.local, facts.backup
     if facts.pause > 0:
         return _stay(f"{state.reason}; the next try follows shortly")
-    if (state.tries or not local.reachable) and backup.reachable:
-        why = state.reason if state.tries else _silent(local)
+    held = _held(local) if local.status is not None and local.status.owner != "local" else ""
+    if (state.tries or not local.reachable or held) and backup.reachable:
+        why = state.reason if state.tries else held or _silent(local)
         more = 0 if state.tries else 1
         return _promote(
             state,

@@ -200,6 +200,8 @@ class Driver:
         self._saving = asyncio.Lock()
         self._failed_at = float("-inf")
         self._failback_failed_at = float("-inf")
+        #: What the nodes were last seen to hold.
+        self._held: dict[Side, str] = {"local": "", "remote": ""}
         #: Monotonic time by which the current turn ends, if nothing is stuck.
         self.due = self._clock.now() + self._patience()
         switch.want(group, self.state.switched)
@@ -297,6 +299,7 @@ class Driver:
     async def step(self) -> Action:
         """One turn: decide and act. Raises StateError when the state can't be stored, and then nothing is done."""
         facts = self.facts()
+        self._watch_held(facts)
         action = decide(self.state, facts)
         self._say(action.reason)
         match action.kind:
@@ -318,6 +321,20 @@ class Driver:
             case "give_back":
                 await self._give_back(action)
         return action
+
+    def _watch_held(self, facts: Facts) -> None:
+        """Tell once when a replica begins to hold changes, and when it no longer does."""
+        for side in self._held:
+            node = facts.node(side)
+            if node.status is None or node.status.held == self._held[side]:
+                continue
+            self._held[side] = held = node.status.held
+            if held:
+                self._events.add(self.group, f"HELD on {node.name}: {held}")
+                _log.error("held", group=self.group, node=node.name, reason=held)
+            else:
+                self._events.add(self.group, f"{node.name} holds nothing any more")
+                _log.info("no longer held", group=self.group, node=node.name)
 
     def _say(self, reason: str) -> None:
         if reason == self.reason:

@@ -157,6 +157,6 @@ class PolledNode:
 def _gist(status: api.NodeStatus) -> object:
     """What of a status can change a decision; counters and ages change all the time."""
     return [
-        (g.group, g.owner, g.epoch, g.state, g.connected, g.in_step, g.synced_once, tuple(g.units.items()))
+        (g.group, g.owner, g.epoch, g.state, g.connected, g.in_step, g.synced_once, g.held, tuple(g.units.items()))
         for g in status.groups.values()
     ]

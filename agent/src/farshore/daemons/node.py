@@ -24,7 +24,7 @@ from farshore.log import Log
 _log = Log(__name__)
 _REQUESTS: wire.Codec[api.Request] = wire.Codec(api.Request)
 _GATEWAY_ONLY = (api.SetOwner, api.Freeze, api.Thaw, api.Flush)
-_LOCAL_ONLY = (api.Pause, api.Resume)
+_LOCAL_ONLY = (api.Pause, api.Resume, api.Approve, api.Reject)
 _FIRST_FRAME_SECONDS = 10.0
 #: MessagePack: the first byte of an array, as the messages of a group's stream are; requests are maps.
 _ARRAYS = frozenset({*range(0x90, 0xA0), 0xDC, 0xDD})
@@ -158,6 +158,10 @@ class Node:
                 return api.Done("; ".join([await group.pause() for group in self._owned(name)]))
             case api.Resume(group=name):
                 return api.Done("; ".join([await group.resume() for group in self._owned(name)]))
+            case api.Approve(group=name):
+                return api.Done(await self._group(name).approve())
+            case api.Reject(group=name):
+                return api.Done(await self._group(name).reject())
             case _:
                 raise PeerRefused(self.config.node, f"{type(request).__name__} is not for a node")
 

@@ -55,6 +55,12 @@ class Paused(FarshoreError):
     exit_code = 26
 
 
+class NothingHeld(FarshoreError):
+    """Group {0}: nothing is held on this node"""
+
+    exit_code = 28
+
+
 class Group:
     """Runs ``config`` on this node, with its state below ``state``. All methods belong to the event loop."""
 
@@ -378,6 +384,16 @@ class Group:
                 await asyncio.wrap_future(self._feed.resume())
             self._paused = False
         return f"{self.name} is watched again"
+
+    # --- the brake
+
+    async def approve(self) -> str:
+        """Apply what the brake holds; raises NothingHeld."""
+        raise NothingHeld(self.name)
+
+    async def reject(self) -> str:
+        """Set aside what the brake holds, and hold what follows; raises NothingHeld."""
+        raise NothingHeld(self.name)
 
     # --- as replica
 

@@ -388,7 +388,8 @@ class Planner:
     def _is_empty(self, root: int) -> bool:
         try:
             with os.scandir(self._where(root, b"")) as entries:
-                return next(entries, None) is None
+                # A filesystem that was just made has that directory, and nothing else.
+                return all(entry.name == b"lost+found" for entry in entries)
         except OSError:
             return True
 
