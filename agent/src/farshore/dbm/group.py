@@ -22,6 +22,7 @@ from farshore.dbm import receiver, wire
 from farshore.dbm.index import Index
 from farshore.dbm.messages import Hello, Refused, Welcome
 from farshore.dbm.record import Record, load, store
+from farshore.dbm.replica.guard import Guard
 from farshore.dbm.sender import Sender
 from farshore.errors import FarshoreError, NotInTime, StaleEpoch
 from farshore.fmm.dirty import DirtySet
@@ -199,7 +200,11 @@ class Group:
         await self._in_worker(self._close_applier)
 
     def _drain(self) -> None:
-        self._open_applier().drain()
+        applier = self._open_applier()
+        applier.drain()
+        applier.set_aside("what was held, or not complete, when the owner changed is not applied")
+        if applier.guard is not None:
+            applier.guard.forget()
 
     async def _tend(self) -> None:
         """What a replica has to do now and then."""
@@ -388,12 +393,27 @@ class Group:
     # --- the brake
 
     async def approve(self) -> str:
-        """Apply what the brake holds; raises NothingHeld."""
-        raise NothingHeld(self.name)
+        """Apply what the brake holds, or drop what was rejected and compare anew; raises NothingHeld, StateError."""
+        async with self._change:
+            applier = self._applier
+            held = None if applier is None or self.owns else await self._in_worker(applier.approve)
+            if applier is None or held is None:
+                raise NothingHeld(self.name)
+            self._worker.submit(self._work)
+            if held.rejected:
+                # The source must hear of it.
+                await self._end_session()
+                return f"{self.name}: the rejected changes are dropped, and the source's data is compared anew"
+        return f"{self.name}: what was held is applied"
 
     async def reject(self) -> str:
-        """Set aside what the brake holds, and hold what follows; raises NothingHeld."""
-        raise NothingHeld(self.name)
+        """Set aside what the brake holds, and take nothing more; raises NothingHeld, StateError."""
+        async with self._change:
+            guard = None if self._applier is None or self.owns else self._applier.guard
+            if guard is None or await self._in_worker(guard.reject) is None:
+                raise NothingHeld(self.name)
+            await self._end_session()
+        return f"{self.name}: the held changes are rejected; nothing more is received until approve"
 
     # --- as replica
 
@@ -452,6 +472,9 @@ class Group:
         names = [name for name, _ in self._roots]
         if hello.roots != names:
             return Refused(f"paths {hello.roots} are sent, but {names} are configured here", False, epoch)
+        held = self._applier.held if self._applier is not None else None
+        if held is not None and held.rejected:
+            return Refused(f"the administrator has rejected its changes: {held.reason}", False, epoch)
         if hello.epoch < epoch or (hello.epoch == epoch and self.owns):
             return Refused(f"epoch {hello.epoch} is older than {epoch}", True, epoch)
         if hello.epoch > epoch:
@@ -476,7 +499,9 @@ class Group:
             self._close_applier()
         if self._applier is None:
             self._applier_roots = self._root_marks()
-            self._applier = receiver.Applier(self._roots, self._state, self.config.history)
+            places = [root.path for _, root in self._roots]
+            guard = Guard(self.name, self.config.brake, places, self._state, armed=self._record.synced_once)
+            self._applier = receiver.Applier(self._roots, self._state, self.config.history, guard=guard)
             index = self._state / "index.db"
             if self._record.keep_aside:
                 self._aside_index = Index(index) if index.exists() else None
@@ -546,7 +571,12 @@ class Group:
         kept = max(self._kept_aside, self._applier.kept_aside if self._applier else 0)
         if kept:
             problems.append(f"{kept} files that only this side had are kept in {self._state / 'aside'}")
+        held = applier.held if applier is not None else None
         state, reason = self._state_and_reason()
+        if held is not None:
+            state, reason = held.state, held.reason
+        if applier is not None and applier.guard is not None and applier.guard.warning:
+            problems.append(f"an unusual change: {applier.guard.warning}")
         since = applier.history.since_ns if applier is not None else None
         return GroupStatus(
             group=self.name,
@@ -567,6 +597,9 @@ class Group:
             backlog_bytes=applier.backlog if applier is not None else 0,
             history_since=None if since is None else since / 1e9,
             history_bytes=applier.history.kept if applier is not None else 0,
+            held=held.reason if held is not None else "",
+            held_transactions=applier.waiting if applier is not None and held is not None else 0,
+            held_since=held.since if held is not None else 0.0,
         )
 
     def _in_step(self) -> bool:

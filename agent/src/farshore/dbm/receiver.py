@@ -300,8 +300,7 @@ class _Session(Listener):
 
     def _in_step(self) -> None:
         """In the worker, once all before is applied."""
-        self._applier.settle_doubts()
-        self._applier.drop_suspended()
+        self._applier.in_step()
         self._loop.call_soon_threadsafe(self._gate.in_step)
 
     # --- uploads

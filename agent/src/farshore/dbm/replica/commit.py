@@ -50,6 +50,9 @@ from farshore.dbm.messages import (
 )
 from farshore.dbm.messages import Partial as PartialUpload
 from farshore.dbm.reading import CheckedReader
+from farshore.dbm.replica.brake import Hold
+from farshore.dbm.replica.contents import Content, Inline, Opened
+from farshore.dbm.replica.guard import Guard, Held
 from farshore.dbm.replica.history import History
 from farshore.dbm.replica.journal import Journal, Record
 from farshore.dbm.replica.leaves import LeafStore
@@ -167,11 +170,16 @@ class Applier:
         state: Path,
         retention: Retention | None = None,
         now_ns: Callable[[], int] = time.time_ns,
+        guard: Guard | None = None,
     ) -> None:
         self.names = [name for name, _ in roots]
         self.trees = [Tree(root.path, root) for _, root in roots]
         self._state = state
         self._now_ns = now_ns
+        #: Asked before each transaction is applied; None: nobody is.
+        self.guard = guard
+        #: Transactions up to here are not judged: they were approved.
+        self._approved = 0
         #: Why the source must compare everything anew: what is recorded here does not tell what the tree holds.
         self.diverged = ""
         self._mark = self._open_mark(state)
@@ -239,6 +247,16 @@ class Applier:
         """Paths of which the tree may not hold what was accepted."""
         return list(self._doubts)
 
+    @property
+    def waiting(self) -> int:
+        """Transactions that were accepted and are not applied yet."""
+        return len(self._waiting)
+
+    @property
+    def held(self) -> Held | None:
+        """Why nothing is applied until the administrator decides; None when nothing is held."""
+        return None if self.guard is None else self.guard.held
+
     def touches(self, root: int, path: bytes) -> bool:
         """Whether something that was accepted and is not applied yet changes what is at ``path``."""
         with self._lock:
@@ -247,7 +265,7 @@ class Applier:
 
     def has_room(self) -> bool:
         """Whether more may be accepted now."""
-        return self.backlog < BACKLOG_BYTES
+        return self.backlog < BACKLOG_BYTES or self.held is not None
 
     def interrupt(self) -> None:
         """End the work that is under way, for good; may be called from any thread."""
@@ -488,6 +506,46 @@ class Applier:
         except OSError as error:
             raise StateError(self._state, error.strerror or str(error)) from error
 
+    def approve(self) -> Held | None:
+        """Apply what is held, or, if it was rejected, drop it and have the source compare everything; returns it.
+
+        Raises StateError, OSError.
+        """
+        held = None if self.guard is None else self.guard.approve()
+        if held is not None and held.rejected:
+            self.set_aside("rejected changes were dropped")
+        elif held is not None:
+            self._approved = self.started
+        return held
+
+    def set_aside(self, why: str) -> Path | None:
+        """Apply nothing of what was accepted and is not applied; returns where its journal is kept, if there was any.
+
+        The source must compare everything anew, as ``diverged`` says with ``why``. Raises StateError, OSError.
+        """
+        with self._lock:
+            count, last = len(self._waiting), self.started
+        if not count:
+            return None
+        self.checkpoint()
+        place = self._state / f"aside-journal-{self._now_ns() // 10**9}"
+        self._journal.set_aside(place)
+        with self._lock:
+            self._waiting.clear()
+            self._backlog = self._in_memory = 0
+        self._position = Position(last)
+        self._mark.move(self._position)
+        self.diverged = why
+        _log.warning("what was received is set aside", transactions=count, kept=str(place), reason=why)
+        return place
+
+    def in_step(self) -> None:
+        """The source has sent everything, and all of it is applied."""
+        self._settle_doubts()
+        self.drop_suspended()
+        if self.guard is not None:
+            self.guard.in_step()
+
     def checkpoint(self) -> None:
         """Make durable in the trees what was applied, and forget its journal; raises OSError."""
         self._checkpoint_at = time.monotonic()
@@ -531,6 +589,8 @@ class Applier:
 
     def _next(self) -> list[_Waiting] | None:
         """The transactions of the next complete state, and what follows, as far as it is at hand; None: nothing is."""
+        if self.held is not None:
+            return None
         with self._lock:
             complete = 0
             operations = 0
@@ -543,12 +603,19 @@ class Applier:
             return list(itertools.islice(self._waiting, complete)) if complete else None
 
     def _apply(self, batch: list[_Waiting]) -> bool:
-        """Apply transactions; False when that stopped."""
+        """Apply transactions, up to one that is held; False when that stopped."""
+        try:
+            transactions = [each.transaction or self._read(each) for each in batch]
+            allowed = self._judge(transactions)
+        except OSError as error:
+            self._stall(error)
+            return False
+        batch, transactions = batch[:allowed], transactions[:allowed]
+        if not batch:
+            self._tell()
+            return False
         todos: deque[Todo] = deque()
-        last_of: dict[int, int] = {}
-        for each in batch:
-            transaction = each.transaction or self._read(each)
-            last_of[each.seq] = len(transaction.operations)
+        for each, transaction in zip(batch, transactions, strict=True):
             skip = self._position.operations if each.seq == self._position.seq + 1 else 0
             for number, (operation, staged) in enumerate(transaction.operations):
                 if number < skip:
@@ -584,6 +651,45 @@ class Applier:
         self._tell()
         return True
 
+    def _judge(self, transactions: list[Transaction]) -> int:
+        """How many of the transactions may be applied: all, or those before the state in which one is held."""
+        guard = self.guard
+        if guard is None:
+            return len(transactions)
+        complete = 0
+        for count, transaction in enumerate(transactions, 1):
+            operations = [operation for operation, _ in transaction.operations]
+            contents = {id(operation): staged for operation, staged in transaction.operations if staged is not None}
+
+            def after(operation: Operation, contents: dict[int, Staged] = contents) -> Content | None:
+                return self._content(operation, contents.get(id(operation)))
+
+            if transaction.seq <= self._approved or self.history.known(transaction.seq, 0) is not None:
+                guard.note(operations, after)
+            else:
+                try:
+                    verdict = guard.judge(transaction.seq, operations, after)
+                except StateError as error:
+                    raise OSError(errno.EIO, str(error)) from error
+                if isinstance(verdict, Hold):
+                    return complete
+            if not transaction.more:
+                complete = count
+        return complete
+
+    def _content(self, operation: Operation, staged: Staged | None) -> Content | None:
+        """What an operation brings, for the guard to look at."""
+        if isinstance(operation, Put):
+            return Inline(operation.data)
+        if staged is None:
+            return None
+        try:
+            place = self.stages[operation.root].fixed(staged.name)
+            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+            return Opened(os.open(place.name, flags, dir_fd=place.directory))
+        except OSError:
+            return None
+
     def _finished(self, each: _Waiting) -> None:
         """A transaction is applied."""
         self._position = Position(each.seq, 0)
@@ -601,7 +707,9 @@ class Applier:
         self._told_at = time.monotonic()
         for tree in self.trees:
             tree.restore()
-        self.listener.applied(self._position.seq, self._problems(), self.stalled)
+        held = self.held
+        why = self.stalled or ("" if held is None else f"{held.state}: {held.reason}")
+        self.listener.applied(self._position.seq, self._problems(), why)
 
     def _call(self) -> None:
         """Tell those who wait for what is applied."""
@@ -885,7 +993,7 @@ class Applier:
             self._store_doubts()
         self.listener.doubted(Nak(todo.seq, root, path, str(error), True))
 
-    def settle_doubts(self) -> None:
+    def _settle_doubts(self) -> None:
         """The source has sent anew what was in doubt."""
         if self._doubts:
             self._doubts.clear()

@@ -93,6 +93,10 @@ class Journal:
         """Transactions up to ``seq`` are needed no more."""
         self._segments.drop(seq)
 
+    def set_aside(self, place: Path) -> None:
+        """Move all that it holds to the directory ``place``, and begin anew behind it; raises OSError."""
+        self._segments.set_aside(place)
+
     def close(self) -> None:
         """Give the handle back; everything stays."""
         self._segments.leave()

@@ -172,6 +172,17 @@ class Segments:
         self.bytes -= self._sizes.pop(segment)
         del self._lasts[segment]
 
+    def set_aside(self, place: Path) -> None:
+        """Move all segments to the directory ``place``; numbers go on growing. Raises OSError."""
+        self.leave()
+        place.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for segment in self.all():
+            path = self.path(segment)
+            path.rename(place / path.name)
+        self._sizes.clear()
+        self._lasts.clear()
+        self.bytes = 0
+
     def begin(self, number: int) -> None:
         """Let what follows, from ``number`` on, be in a new segment, whose name is durable; raises OSError."""
         self.leave()
