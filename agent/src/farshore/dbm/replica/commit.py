@@ -39,6 +39,7 @@ from farshore.dbm.messages import (
 from farshore.dbm.messages import Partial as PartialUpload
 from farshore.dbm.reading import CheckedReader
 from farshore.dbm.replica.leaves import LeafStore
+from farshore.dbm.replica.paths import MAX_PATH
 from farshore.dbm.replica.stage import Stage, Staged
 from farshore.dbm.replica.tree import BaseUnknown, Tree, syncfs
 from farshore.dbm.replica.upload import Interrupted, Upload
@@ -54,6 +55,8 @@ _FEW_DIRECTORIES = 3
 MAX_SUSPENDED = 16
 _ENTRIES_PER_FRAME = 200
 _READ = 1 << 20
+#: Characters of the reason in a Nak.
+_MAX_REASON = 1000
 _NUMBER = struct.Struct(">Q")
 
 
@@ -405,13 +408,16 @@ class Applier:
 
 def refusal(seq: int, root: int, path: bytes, error: Exception) -> Nak:
     """The answer to what failed with ``error``; raises it when it is none of those that fail only the transaction."""
+    # An answer must fit into a frame, whatever the source calls a path.
+    path = path[:MAX_PATH]
     match error:
         case BaseUnknown() | UnsafePath() | delta.DeltaCorrupt():
-            return Nak(seq, root, path, str(error), True)
+            return Nak(seq, root, path, str(error)[:_MAX_REASON], True)
         case StateError():
-            return Nak(seq, root, path, str(error), False)
+            return Nak(seq, root, path, str(error)[:_MAX_REASON], False)
         case OSError():
-            return Nak(seq, root, path, f"{os.fsdecode(path)!r}: {error.strerror or error}", False)
+            reason = f"{os.fsdecode(path)!r}: {error.strerror or error}"
+            return Nak(seq, root, path, reason[-_MAX_REASON:], False)
         case OverflowError() | ValueError():
             raise ProtocolError("the source", f"a number in an operation on {path!r} is out of range") from None
     raise error
