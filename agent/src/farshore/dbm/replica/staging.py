@@ -35,6 +35,7 @@ from farshore.dbm.messages import (
 from farshore.dbm.replica.build import Building, copy_file
 from farshore.dbm.replica.commit import Applier, Batch, Transaction, refusal
 from farshore.dbm.replica.intake import Inbox, Interrupted, Switch
+from farshore.dbm.replica.paths import check
 from farshore.dbm.replica.stage import Staged
 from farshore.dbm.replica.tree import BaseUnknown
 from farshore.dbm.replica.upload import Upload
@@ -49,6 +50,8 @@ MAX_METADATA = 64 << 20
 GROUP_OPERATIONS = 20_000
 GROUP_BYTES = 64 << 20
 GROUP_SECONDS = 0.2
+#: Bytes of memory that a transaction without operations counts for.
+_TRANSACTION = 1000
 _OPERATIONS = (Put, MakeDir, Copy, MakeSymlink, MakeNode, Link, Move, Remove, SetMeta)
 _NODES = (FileKind.FIFO, FileKind.CHARACTER_DEVICE, FileKind.BLOCK_DEVICE)
 
@@ -152,7 +155,9 @@ class Stager:
             elif isinstance(item, tuple):
                 self._operation(*item)
             else:
-                self._batch.then.append(item)
+                # A peer may say a thousand times that all is in step.
+                if self._batch.then[-1:] != [item]:
+                    self._batch.then.append(item)
         if self._upload_refused is not None:
             raise _Refused(self._upload_refused)
         if self._in_flight is None and self._inbox.empty:
@@ -175,7 +180,7 @@ class Stager:
         self._open = None
         if not self._batch.transactions:
             self._batch_since = time.monotonic()
-        self._batch.add(transaction, self._open_size + transaction.metadata)
+        self._batch.add(transaction, self._open_size + transaction.metadata + _TRANSACTION)
 
     def _operation(self, operation: Operation, upload: Upload | None) -> None:
         """Stage an operation of the open transaction; ``upload`` holds what a Patch puts into place."""
@@ -314,6 +319,8 @@ class Stager:
     def _open_upload(self, upload: Upload) -> None:
         root = upload.root
         try:
+            # What is not based names it in vain; but it is kept, and told about in Welcome, if the connection breaks.
+            check(upload.path)
             base = self._open_file(root, upload.path) if upload.based else None
             try:
                 staged, handle = self._applier.stages[root].create()
@@ -337,7 +344,7 @@ class Stager:
 
     def _open_file(self, root: int, path: bytes) -> int:
         """Open a file for reading as it is after all complete transactions; raises BaseUnknown when there is none."""
-        if self._touches(root, path):
+        if self._touches(root, check(path)):
             self._settle()
         tree = self._applier.tree(root)
         try:
