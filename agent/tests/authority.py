@@ -1,4 +1,4 @@
-"""For tests: a certificate authority in a directory, laid out as ``farshore mirror`` does, that takes certificates back."""
+"""For tests: a certificate authority in a directory, laid out as that of ``farshore mirror``; it takes back, too."""
 
 from __future__ import annotations
 

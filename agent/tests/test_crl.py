@@ -19,7 +19,9 @@ from farshore.crl import CrlError
 KEY = ec.generate_private_key(ec.SECP256R1())
 NAME = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "an authority")])
 SERIALS = st.integers(1, (1 << 159) - 1)
-TIMES = st.datetimes(datetime.datetime(1960, 1, 1), datetime.datetime(2090, 1, 1)).map(lambda t: t.replace(microsecond=0))
+TIMES = st.datetimes(datetime.datetime(1960, 1, 1), datetime.datetime(2090, 1, 1)).map(
+    lambda t: t.replace(microsecond=0)
+)
 
 
 def made(serials: set[int], first: datetime.datetime, then: datetime.datetime) -> bytes:

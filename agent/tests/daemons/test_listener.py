@@ -138,7 +138,9 @@ async def test_an_identity_has_few_connections(pair: Pair) -> None:
     writer.close()
 
 
-@pytest.mark.parametrize("raw", [b"\0", b"GET / HTTP/1.1\r\n\r\n", bytes(5000), b"\x16\x03\x01\xff\xff" + b"\xff" * 70_000])
+@pytest.mark.parametrize(
+    "raw", [b"\0", b"GET / HTTP/1.1\r\n\r\n", bytes(5000), b"\x16\x03\x01\xff\xff" + b"\xff" * 70_000]
+)
 async def test_raw_bytes_at_the_port_end_their_own_connection(pair: Pair, raw: bytes) -> None:
     sock = await dialled(pair)
     with contextlib.suppress(ConnectionError):
@@ -157,10 +159,15 @@ async def test_a_node_that_stops_leaves_no_connection(pair: Pair) -> None:
     await pair.own("local", 1)
     await pair.local.groups["web"].flush(60)
     silent = await dialled(pair)
-    await until(lambda: pair.remote._listener.admission.pending == 1, "it did not come in")
+    half = await dialled(pair)
+    await until(lambda: pair.remote._listener.admission.pending == 2, "they did not come in")
+    await asyncio.sleep(0.2)
+    late = await dialled(pair)
     await pair.remote.stop()
-    await ended(silent)
+    for each in (silent, half, late):
+        await ended(each)
     assert not pair.remote._listener._connections
+    assert pair.remote._listener.admission.pending == 0
     pair.remote = type(pair.remote)(pair.remote.config)
     await pair.remote.start(None)
     (pair.local_tree / "b").write_text("2")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import socket
 import ssl
 import time
@@ -34,8 +33,8 @@ _LIMIT = 1 << 20
 _REPORT_SECONDS = 10.0
 #: Characters of a reason that are logged: some of it is the peer's.
 _MOST_REASON = 300
-#: Connections that the system accepts and that are gone already.
-_GONE = (errno.ECONNABORTED, errno.EPROTO, errno.EPERM, errno.ECONNRESET)
+#: Connections that are accepted before others of the event loop have their turn.
+_AT_ONCE = 32
 
 
 class Caller:
@@ -88,23 +87,25 @@ class Listener:
         where = f"{self._endpoint.address}:{self._endpoint.port}"
         try:
             family = socket.AF_INET6 if ":" in self._endpoint.address else socket.AF_INET
-            self._socket = socket.create_server(
-                (self._endpoint.address, self._endpoint.port), family=family, backlog=_BACKLOG
-            )
+            address = self._endpoint.address, self._endpoint.port
+            listening = socket.create_server(address, family=family, backlog=_BACKLOG)
         except OSError as error:
             raise StateError(where, f"cannot listen: {error.strerror}") from error
-        self._socket.setblocking(False)
-        self.port = self._socket.getsockname()[1]
-        for job in (self._accept(self._socket), self._credentials.keep(), self._report()):
+        listening.setblocking(False)
+        self._socket = listening
+        self.port = listening.getsockname()[1]
+        self._listen()
+        for job in (self._credentials.keep(), self._report()):
             self._tasks.add(asyncio.create_task(job))
 
     def close(self) -> None:
         """Listen no more, and end all connections; they are gone after ``wait_closed``."""
+        listening, self._socket = self._socket, None
+        if listening is not None:
+            asyncio.get_running_loop().remove_reader(listening)
+            listening.close()
         for task in (*self._tasks, *self._connections):
             task.cancel()
-        if self._socket is not None:
-            self._socket.close()
-            self._socket = None
 
     async def wait_closed(self, timeout: float) -> None:
         """Wait until all connections have ended, for ``timeout`` seconds at most."""
@@ -113,33 +114,39 @@ class Listener:
 
     # --- one after the other
 
-    async def _accept(self, listening: socket.socket) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
+    def _listen(self) -> None:
+        if self._socket is not None:
+            asyncio.get_running_loop().add_reader(self._socket, self._accept, self._socket)
+
+    def _accept(self, listening: socket.socket) -> None:
+        """Connections have come: take those that may come in, and turn the others away without a word."""
+        for _ in range(_AT_ONCE):
             try:
-                sock, source = await loop.sock_accept(listening)
+                sock, source = listening.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                return
             except OSError as error:
-                if error.errno not in _GONE:
-                    self._note("cannot accept connections", str(error.strerror))
-                    await asyncio.sleep(_RETRY_SECONDS)
-                continue
+                self._note("cannot accept connections", str(error.strerror))
+                loop = asyncio.get_running_loop()
+                loop.remove_reader(listening)
+                loop.call_later(_RETRY_SECONDS, self._listen)
+                return
             address = str(source[0])
             ticket = self.admission.enter(address)
             if isinstance(ticket, str):
-                # Without a word: a reset costs neither side anything more.
                 sock.close()
                 self._note(ticket, address)
-                # What comes faster than it is turned away must not have the loop for itself.
-                await asyncio.sleep(0)
                 continue
+            sock.setblocking(False)
             task = asyncio.create_task(self._connection(sock, address, ticket))
             self._connections.add(task)
             task.add_done_callback(self._connections.discard)
+            # A task that is cancelled before its first step does nothing at all.
+            task.add_done_callback(lambda _, ticket=ticket: ticket.give_back())  # type: ignore[misc]
 
     async def _connection(self, sock: socket.socket, address: str, ticket: Ticket) -> None:
         """From the handshake to the end; nothing but cancellation gets out."""
         with contextlib.ExitStack() as stack:
-            stack.callback(ticket.give_back)
             try:
                 reader, writer = await self._handshake(sock)
             except (OSError, TimeoutError, FarshoreError) as error:
@@ -175,13 +182,19 @@ class Listener:
             raise
         reader = asyncio.StreamReader(_LIMIT, loop)
         protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
-        transport, _ = await loop.connect_accepted_socket(
-            lambda: protocol,
-            sock,
-            ssl=self._credentials.server,
-            ssl_handshake_timeout=HANDSHAKE_SECONDS,
-            ssl_shutdown_timeout=_GOODBYE_SECONDS,
-        )
+        try:
+            transport, _ = await loop.connect_accepted_socket(
+                lambda: protocol,
+                sock,
+                ssl=self._credentials.server,
+                ssl_handshake_timeout=HANDSHAKE_SECONDS,
+                ssl_shutdown_timeout=_GOODBYE_SECONDS,
+            )
+        except asyncio.CancelledError:
+            # A transport that is cancelled in its first steps forgets its socket; it finds the end of the stream there.
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+            raise
         return reader, asyncio.StreamWriter(transport, protocol, reader, loop)
 
     @staticmethod
