@@ -333,10 +333,18 @@ class Liar(RuleBasedStateMachine):
             if not pending:
                 self.counts["answered"] += 1
                 return answers
-        ended = self.replica.ended() if not any(isinstance(a, Nak) for a in answers) else self.replica.disconnect()
-        self.counts["refused" if isinstance(ended, FarshoreError) or ended is None else "failed"] += 1
-        assert ended is None or isinstance(ended, FarshoreError), ended
+        if any(isinstance(answer, Nak) for answer in answers):
+            self.leave()
+        else:
+            ended = self.replica.ended()
+            assert ended is None or isinstance(ended, FarshoreError), ended
+        self.counts["refused"] += 1
         return answers
+
+    def leave(self) -> None:
+        """Cut the connection. If something was not read yet, the system tells the replica so."""
+        ended = self.replica.disconnect()
+        assert ended is None or isinstance(ended, (FarshoreError, ConnectionError)), ended
 
     def targets(self, operation: object) -> object:
         """An operation with its placeholder for an absolute path outside filled in."""
@@ -383,9 +391,7 @@ class Liar(RuleBasedStateMachine):
     def out_of_order(self, frames: list[object]) -> None:
         """Frames that do not belong there; whatever is left open ends with the connection."""
         self.say(*map(self.targets, frames))
-        ended = self.replica.disconnect()
-        # What it had to say was not read: the system tells it so.
-        assert ended is None or isinstance(ended, (FarshoreError, ConnectionError)), ended
+        self.leave()
 
     @rule(data=st.data(), path=PLAIN_PATHS, based=st.booleans(), sparse=st.booleans(), size=st.integers(1, 5000))
     def upload(self, data: st.DataObject, path: bytes, based: bool, sparse: bool, size: int) -> None:
@@ -403,7 +409,7 @@ class Liar(RuleBasedStateMachine):
             self.say(*said, *self.replica.transaction(patch), commits=True)
         else:
             self.say(*said, *{"drop": [Drop(number)], "again": said[:1]}.get(end, []))
-            self.replica.disconnect()
+            self.leave()
 
     @rule(body=st.binary(min_size=1, max_size=300), kind=st.sampled_from([PLAIN, ZSTD, 7]), packed=st.booleans())
     def bytes_in_a_block(self, body: bytes, kind: int, packed: bool) -> None:
@@ -457,7 +463,7 @@ class Liar(RuleBasedStateMachine):
     def honest(self, content: bytes) -> None:
         """Whatever was said before: an honest peer is served."""
         self.counts["honest"] += 1
-        self.replica.disconnect()
+        self.leave()
         ready = MakeDir(0, b"", DIRECTORY), Remove(0, b"honest"), MakeDir(0, b"honest", DIRECTORY)
         answers = self.say(
             *self.replica.transaction(*ready, Put(0, b"honest/file", FILE, content)),
@@ -698,7 +704,11 @@ def campaign(minutes: float, seed: int, base: Path) -> dict[str, Any]:
                     raise
                 told = "".join(traceback.format_exception(error))
                 report["failures"].append(
-                    {"part": what, "seed": number, "error": told[-6000:] + output.getvalue()[-4000:]}
+                    {
+                        "part": what,
+                        "seed": number,
+                        "error": told[:4000] + told[4000:][-4000:] + output.getvalue()[-4000:],
+                    }
                 )
         for left in base.iterdir():
             remove(left)
