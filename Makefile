@@ -93,6 +93,12 @@ bench-quick: bench-deps ## Rows 1 to 7 in about ten minutes
 crash: setup ## Kill both nodes a thousand times while files change, in at most 40 minutes; writes build/crash/report.json
 	@$(BIN)/python agent/tests/crash.py --kills 1000 --minutes 40 --report build/crash/report.json
 
+FUZZ_MINUTES ?= 5
+
+.PHONY: fuzz
+fuzz: setup ## Lies, links and bytes for a node, FUZZ_MINUTES=5 of them; writes build/fuzz/report.json
+	@$(BIN)/python agent/tests/hostile.py --minutes $(FUZZ_MINUTES) --report build/fuzz/report.json
+
 .PHONY: build
 build: setup ## The collection's tarball, in build/
 	@mkdir -p build

@@ -6,11 +6,13 @@ import asyncio
 import contextlib
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from farshore.cli.mirror import make_keys
+from farshore.config import Endpoint, NodeConfig, NodeGroup, NodeRef, PathConfig, Tls
 from farshore.daemons.node import Node
 
 GENEROUS = 60.0
@@ -54,6 +56,44 @@ class Pair:
         again = Node(node.config)
         await again.start(None)
         setattr(self, side, again)
+
+
+@contextlib.asynccontextmanager
+async def running_pair(base: Path, crl: bool = False) -> AsyncIterator[Pair]:
+    """Both nodes run; nobody owns the group yet. With ``crl``, ``base/pki`` has keys and a list already."""
+    keys = base / "pki"
+    if not crl:
+        make_keys(keys, ("local", "remote", "stranger", "gateway"))
+    ports = dict(zip(("local", "remote"), free_ports(2), strict=True))
+
+    def node(side: Any, other: str) -> Node:
+        group = NodeGroup(
+            side=side,
+            peer=NodeRef(other, "127.0.0.1", ports[other]),
+            paths=(PathConfig("/srv/www", str(base / f"{side}-tree"), exclude=("*.tmp",)),),
+        )
+        listed = keys / "ca.crl" if crl else None
+        tls = Tls(keys / "ca.crt", keys / f"{side}.crt", keys / f"{side}.key", listed)
+        return Node(
+            NodeConfig(
+                side,
+                Endpoint("127.0.0.1", ports[side]),
+                tls,
+                {"web": group},
+                gateways=("gateway",),
+                state_dir=base / f"{side}-state",
+            )
+        )
+
+    made = Pair(base, node("local", "remote"), node("remote", "local"), keys)
+    made.local_tree.mkdir()
+    await made.local.start(None)
+    await made.remote.start(None)
+    try:
+        yield made
+    finally:
+        await made.local.stop()
+        await made.remote.stop()
 
 
 def free_ports(count: int) -> list[int]:

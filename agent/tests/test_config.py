@@ -48,6 +48,13 @@ def test_defaults_are_filled_in() -> None:
     assert (service.backend_port, service.check.rise, service.check.fall) == (80, 3, 2)
 
 
+def test_the_list_of_revoked_certificates_may_be_left_out() -> None:
+    assert parse(NODE, NodeConfig).tls.crl is None
+    assert parse(changed(NODE, ["tls", "crl"], "/e"), NodeConfig).tls.crl == Path("/e")
+    with pytest.raises(ConfigError, match=r"tls.crl: 7 is not a path"):
+        parse(changed(NODE, ["tls", "crl"], 7), NodeConfig)
+
+
 def changed(base: dict[str, Any], keys: list[Any], value: object) -> dict[str, Any]:
     data = copy.deepcopy(base)
     at = data

@@ -63,11 +63,15 @@ class NodeRef:
 
 @dataclass(frozen=True, slots=True)
 class Tls:
-    """Files of this node's identity: the deployment's CA, its own certificate and key (PEM)."""
+    """Files of this node's identity: the deployment's CA, its own certificate and key (PEM).
+
+    ``crl``: the CA's list of certificates that it has taken back; without it, none are.
+    """
 
     ca: Path
     certificate: Path
     key: Path
+    crl: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -283,7 +283,7 @@ async def test_what_is_not_for_the_monitor(tmp_path: Path) -> None:
     lab = Lab(tmp_path, "auto")
     async with lab.monitor():
         await lab.until(healthy)
-        with pytest.raises(RequestFailed, match="Flush is asked of a node; this is the monitor"):
+        with pytest.raises(RequestFailed, match="Flush is not asked of the monitor"):
             await ask_socket(lab.runtime / "monitor.sock", api.Flush(1.0), 5.0)
         with pytest.raises(StateError, match="another farshore-monitor"):
             MonitorDaemon(lab.settings, lab.ask)

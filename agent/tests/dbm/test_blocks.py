@@ -355,6 +355,24 @@ async def test_a_bomb_is_stopped_while_it_inflates() -> None:
     assert resident_peak() - before < 32 * MIB
 
 
+async def test_bombs_by_the_dozen_leave_nothing_behind() -> None:
+    """Each ends a connection; who makes a new one each time must not fill the memory."""
+    data = block(1, bomb(8 << 20))
+    for bad in (data, data[:200] + bytes(len(data) - 200)):
+        for round in range(45):
+            if round == 5:
+                before = resident()
+            with pytest.raises(ProtocolError):
+                await read_all(bad)
+        assert resident() - before < 20 * MIB
+
+
+def resident() -> int:
+    """The memory, in bytes, that this process has."""
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * KIB for line in status if line.startswith("VmRSS"))
+
+
 def resident_peak() -> int:
     """The most memory, in bytes, that this process ever had, zstd's own included."""
     with open("/proc/self/status") as status:

@@ -8,7 +8,7 @@ an epoch lower than the node knows is refused.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -19,11 +19,14 @@ class _Message(msgspec.Struct, frozen=True, tag_field="t", omit_defaults=True, f
     """Common settings of all messages."""
 
 
+#: A time limit in seconds, a week at most. Neither infinity nor NaN, which no timer survives.
+Seconds = Annotated[float, msgspec.Meta(ge=0, le=7 * 86400)]
+
 # --- requests to a node ------------------------------------------------------------------------
 
 
 class StatusRequest(_Message, frozen=True, tag="status?"):
-    """How are you? Any peer with a certificate of the deployment may ask."""
+    """How are you? A peer is told of the groups that it has a part in, a gateway of all."""
 
 
 class SetOwner(_Message, frozen=True, tag="set-owner"):
@@ -44,7 +47,7 @@ class Freeze(_Message, frozen=True, tag="freeze"):
 
     group: str
     epoch: int
-    timeout: float
+    timeout: Seconds
 
 
 class Thaw(_Message, frozen=True, tag="thaw"):
@@ -60,7 +63,7 @@ class Flush(_Message, frozen=True, tag="flush"):
     ``durable``: answer already when they are durable there.
     """
 
-    timeout: float
+    timeout: Seconds
     group: str = ""
     durable: bool = False
 

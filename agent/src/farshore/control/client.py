@@ -29,7 +29,7 @@ class RequestFailed(FarshoreError):
 
 
 async def ask_peer(
-    peer: NodeRef, context: ssl.SSLContext, request: api.Request, timeout: float
+    peer: NodeRef, context: ssl.SSLContext | tls.Credentials, request: api.Request, timeout: float
 ) -> api.NodeStatus | api.MonitorStatus | api.Done:
     """Send ``request`` to the daemon on another host and return its answer.
 

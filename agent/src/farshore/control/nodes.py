@@ -15,6 +15,7 @@ from farshore.control.client import RequestFailed, ask_peer
 from farshore.control.decide import NodeFact
 from farshore.errors import FarshoreError, PeerUnreachable
 from farshore.log import Log
+from farshore.tls import Credentials
 
 _log = Log(__name__)
 
@@ -40,7 +41,7 @@ class Node(Protocol):
         ...
 
 
-def over_tls(context: ssl.SSLContext) -> Ask:
+def over_tls(context: ssl.SSLContext | Credentials) -> Ask:
     """Ask nodes over TLS as the identity in ``context``."""
 
     async def ask(peer: NodeRef, request: api.Request, timeout: float) -> api.NodeStatus | api.MonitorStatus | api.Done:

@@ -23,6 +23,7 @@ from farshore.control.driver import Driver, Events
 from farshore.control.nodes import Ask, PolledNode, over_tls
 from farshore.control.server import serve_socket
 from farshore.control.state import StateStore
+from farshore.daemons import rights
 from farshore.errors import FarshoreError, UsageError
 from farshore.ipts import tunnel
 from farshore.log import Log
@@ -124,7 +125,8 @@ class MonitorDaemon:
             _log.info("stopped", rules="left in place")
 
     async def handle(self, request: api.Request, peer: str) -> api.Answer:
-        """Answer one request of the control API."""
+        """Answer one request of the control API; raises PeerRefused when it is not for ``peer`` to ask."""
+        rights.check_monitor(request, peer, self.settings.node)
         if isinstance(request, api.StatusRequest):
             return self.status()
         if isinstance(request, api.Wish):
@@ -134,7 +136,7 @@ class MonitorDaemon:
                 raise UsageError(f"no group {request.group!r}; the groups here are: {known}")
             await driver.wish(request.want)
             return api.Done(f"{request.group}: the operator wishes: {request.want}")
-        raise UsageError(f"{type(request).__name__} is asked of a node; this is the monitor")
+        raise AssertionError(f"{type(request).__name__} is permitted, and nobody carries it out")
 
     def status(self) -> api.MonitorStatus:
         """The whole monitor as ``farshore status`` shows it."""
@@ -198,7 +200,12 @@ async def _run(settings: MonitorConfig) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    await MonitorDaemon(settings, over_tls(tls.client_context(settings.tls))).run(stop)
+    credentials = tls.Credentials(settings.tls)
+    keeping = asyncio.create_task(credentials.keep(), name="credentials")
+    try:
+        await MonitorDaemon(settings, over_tls(credentials)).run(stop)
+    finally:
+        keeping.cancel()
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -7,7 +7,6 @@ import asyncio
 import contextlib
 import os
 import signal
-import ssl
 import sys
 import time
 from pathlib import Path
@@ -15,17 +14,21 @@ from pathlib import Path
 from farshore import __version__, durable, log, notify, tls
 from farshore.config import NodeConfig, load
 from farshore.control import api, client, server
+from farshore.daemons import rights
+from farshore.daemons.admission import MOST_OF_OTHER, MOST_OF_PEER
+from farshore.daemons.listener import FIRST_FRAME_SECONDS, Caller, Listener
 from farshore.dbm import receiver, wire
 from farshore.dbm.group import Group
 from farshore.dbm.messages import Hello, Refused
-from farshore.errors import FarshoreError, PeerRefused, StateError, UsageError
+from farshore.errors import FarshoreError, PeerRefused, UsageError
 from farshore.log import Log
 
 _log = Log(__name__)
 _REQUESTS: wire.Codec[api.Request] = wire.Codec(api.Request)
-_GATEWAY_ONLY = (api.SetOwner, api.Freeze, api.Thaw, api.Flush)
-_LOCAL_ONLY = (api.Pause, api.Resume, api.Approve, api.Reject)
-_FIRST_FRAME_SECONDS = 10.0
+#: Seconds between an answer and the next request on a connection, and for taking the answer.
+_IDLE_SECONDS = 30.0
+#: Characters of a group's name that are said again.
+_MOST_GROUP = 40
 #: MessagePack: the first byte of an array, as the messages of a group's stream are; requests are maps.
 _ARRAYS = frozenset({*range(0x90, 0xA0), 0xDC, 0xDD})
 
@@ -36,54 +39,43 @@ class Node:
     def __init__(self, config: NodeConfig) -> None:
         self.config = config
         self._started = time.monotonic()
-        self._client_context = tls.client_context(config.tls)
+        self._credentials = tls.Credentials(config.tls)
         self.groups = {
-            name: Group(name, group, self._client_context, config.state_dir / "groups" / name)
+            name: Group(name, group, self._credentials, config.state_dir / "groups" / name)
             for name, group in config.groups.items()
         }
-        self._servers: list[asyncio.Server] = []
-        self._connections: set[asyncio.Task[None]] = set()
+        peers = [group.peer.address for group in config.groups.values()]
+        self._listener = Listener(config.listen, self._credentials, self._serve, peers, self._part)
+        self._control: asyncio.Server | None = None
         self._lock = -1
         self._socket: Path | None = None
-        #: The TCP port that is listened on; the configured one, or what the system chose for 0.
-        self.port = config.listen.port
+
+    @property
+    def port(self) -> int:
+        """The TCP port that is listened on; the configured one, or what the system chose for 0."""
+        return self._listener.port
 
     async def start(self, socket_path: Path | None) -> None:
         """Listen on TLS and, if given, on the control socket; raises StateError when another node has the state."""
         self._lock = durable.lock(self.config.state_dir, "another process uses it")
         for group in self.groups.values():
             await group.recover()
-        listen = self.config.listen
-        try:
-            tls_server = await asyncio.start_server(
-                self._connection,
-                listen.address,
-                listen.port,
-                ssl=tls.server_context(self.config.tls),
-                ssl_handshake_timeout=_FIRST_FRAME_SECONDS,
-                limit=1 << 20,
-            )
-        except OSError as error:
-            raise StateError(f"{listen.address}:{listen.port}", f"cannot listen: {error.strerror}") from error
-        self.port = tls_server.sockets[0].getsockname()[1]
-        self._servers.append(tls_server)
+        self._listener.start()
         if socket_path is not None:
-            self._servers.append(await server.serve_socket(socket_path, self.handle))
+            self._control = await server.serve_socket(socket_path, self.handle)
             self._socket = socket_path
         for group in self.groups.values():
             await group.start()
-        _log.info("listening", node=self.config.node, address=listen.address, port=self.port)
+        _log.info("listening", node=self.config.node, address=self.config.listen.address, port=self.port)
 
     async def stop(self) -> None:
         """Stop listening and end all groups."""
-        for each in self._servers:
-            each.close()
-        for task in list(self._connections):
-            task.cancel()
+        if self._control is not None:
+            self._control.close()
+        self._listener.close()
         for group in self.groups.values():
             await group.stop()
-        if self._connections:
-            await asyncio.wait(self._connections, timeout=5)
+        await self._listener.wait_closed(5)
         if self._socket is not None:
             self._socket.unlink(missing_ok=True)
         if self._lock >= 0:
@@ -91,25 +83,17 @@ class Node:
 
     # --- connections
 
-    async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._connections.add(task)
-        where = str((writer.get_extra_info("peername") or ["?"])[0])
-        try:
-            peer = tls.peer_name(writer)
-            await self._serve(reader, writer, peer)
-        except asyncio.CancelledError:
-            pass
-        except (FarshoreError, OSError, TimeoutError, ssl.SSLError) as error:
-            _log.warning("connection ended", address=where, reason=str(error) or type(error).__name__)
-        finally:
-            self._connections.discard(task)
-            writer.close()
+    def _part(self, name: str) -> tuple[int, bool]:
+        """How many connections ``name`` may have, and whether it is a peer or a gateway."""
+        if rights.party(self.config, name) == "other":
+            return MOST_OF_OTHER, False
+        return MOST_OF_PEER + 2 * len(self.groups), True
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, peer: str) -> None:
-        async with asyncio.timeout(_FIRST_FRAME_SECONDS):
+    async def _serve(self, caller: Caller) -> None:
+        reader, writer, peer = caller.reader, caller.writer, caller.name
+        async with asyncio.timeout(FIRST_FRAME_SECONDS):
             frame = await wire.read_frame(reader, peer)
+        caller.settled()
         if frame is not None and frame[0] in _ARRAYS:
             await self._stream(reader, writer, peer, frame)
             await writer.drain()
@@ -117,8 +101,10 @@ class Node:
         while frame is not None:
             request = _REQUESTS.decode(frame, peer)
             writer.write(await server.answer(self.handle, request, peer))
-            await writer.drain()
-            frame = await wire.read_frame(reader, peer)
+            # Who asks must take the answer, and ask again, in time: connections are few.
+            async with asyncio.timeout(_IDLE_SECONDS):
+                await writer.drain()
+                frame = await wire.read_frame(reader, peer)
 
     async def _stream(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, peer: str, frame: bytes
@@ -126,25 +112,21 @@ class Node:
         hello = receiver.CODEC.decode(frame, peer)
         if not isinstance(hello, Hello):
             raise PeerRefused("this node", f"{type(hello).__name__} before Hello")
-        group = self.groups.get(hello.group)
         # A peer learns nothing about groups that are not its own, not even whether they exist.
-        if group is None or group.config.peer.node != peer:
-            writer.write(wire.frame(Refused(f"group {hello.group} is not for {peer}", False, 0)))
-            raise PeerRefused("this node", f"{peer} has no part in group {hello.group!r}")
-        await group.accept(reader, writer, peer, hello)
+        if not rights.may_stream(self.config, peer, hello.group):
+            group = hello.group[:_MOST_GROUP]
+            writer.write(wire.frame(Refused(f"group {group} is not for {peer}", False, 0)))
+            raise PeerRefused("this node", f"{peer} has no part in group {group!r}")
+        await self.groups[hello.group].accept(reader, writer, peer, hello)
 
     # --- requests
 
     async def handle(self, request: api.Request, peer: str) -> api.Answer:
         """Carry out a control request of ``peer``; raises FarshoreError with the reason when it is refused."""
-        local = peer == server.LOCAL
-        if isinstance(request, _GATEWAY_ONLY) and not (local or peer in self.config.gateways):
-            raise PeerRefused(self.config.node, f"{type(request).__name__} is for gateways, and {peer} is none")
-        if isinstance(request, _LOCAL_ONLY) and not local:
-            raise PeerRefused(self.config.node, f"{type(request).__name__} is for the local administrator")
+        rights.check_node(request, peer, self.config)
         match request:
             case api.StatusRequest():
-                return await self.status()
+                return await self.status(only_for=peer if rights.party(self.config, peer) == "peer" else None)
             case api.SetOwner(group=name, owner=owner, epoch=epoch, units=with_units):
                 return api.Done(await self._group(name).set_owner(owner, epoch, with_units))
             case api.Freeze(group=name, epoch=epoch, timeout=timeout):
@@ -163,11 +145,15 @@ class Node:
             case api.Reject(group=name):
                 return api.Done(await self._group(name).reject())
             case _:
-                raise PeerRefused(self.config.node, f"{type(request).__name__} is not for a node")
+                raise AssertionError(f"{type(request).__name__} is permitted, and nobody carries it out")
 
-    async def status(self) -> api.NodeStatus:
-        """How this node and its groups are."""
-        groups = {name: await group.status() for name, group in self.groups.items()}
+    async def status(self, only_for: str | None = None) -> api.NodeStatus:
+        """How this node and its groups are; of these, only those of the peer ``only_for``, if given."""
+        groups = {
+            name: await group.status()
+            for name, group in self.groups.items()
+            if only_for is None or group.config.peer.node == only_for
+        }
         return api.NodeStatus(self.config.node, __version__, time.monotonic() - self._started, groups)
 
     def _group(self, name: str) -> Group:

@@ -288,12 +288,14 @@ class BlockReader:
     def __init__(self, reader: asyncio.StreamReader, peer: str) -> None:
         self._reader = reader
         self._peer = peer
-        self._sink = _Sink(MAX_BLOCK)
-        # The decoder keeps back what its output buffer has no room for: one byte over the limit, it has room for all
-        # that is allowed.
-        self._stream = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW).stream_writer(
-            cast(IO[bytes], self._sink), write_size=MAX_BLOCK + 1
+        self._pieces = _Pieces()
+        # Not its stream_writer: that leaks its buffer, of 2 MiB, whenever it is stopped by an error of ours.
+        self._stream = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW).stream_reader(
+            cast(IO[bytes], self._pieces), read_size=MAX_PIECE, read_across_frames=True
         )
+        # The decoder keeps back what there is no room for: one byte over the limit, there is room for all that is
+        # allowed.
+        self._plain = memoryview(bytearray(MAX_BLOCK + 1))
 
     async def read(self) -> list[bytes] | None:
         """The bodies of all frames of the next block, None at the end of the stream.
@@ -318,16 +320,20 @@ class BlockReader:
         return self._split(body if kind == PLAIN else self._inflate(body))
 
     def _inflate(self, body: bytes) -> bytes:
+        self._pieces.put(body)
+        size = 0
         try:
-            self._stream.write(body)
-        except _TooLarge:
-            raise self._error(f"a block inflates to more than {MAX_BLOCK} bytes") from None
+            while size <= MAX_BLOCK and (done := self._stream.readinto1(self._plain[size:])):
+                size += done
+        except _Dry:
+            pass
         except zstandard.ZstdError as error:
             raise self._error(f"a block that zstd does not understand: {error}") from None
-        plain = self._sink.taken()
-        if not plain:
+        if size > MAX_BLOCK:
+            raise self._error(f"a block inflates to more than {MAX_BLOCK} bytes")
+        if not size:
             raise self._error("a block inflates to nothing")
-        return plain
+        return bytes(self._plain[:size])
 
     def _split(self, plain: bytes) -> list[bytes]:
         frames = []
@@ -349,32 +355,26 @@ class BlockReader:
         return ProtocolError(self._peer, what)
 
 
-class _TooLarge(Exception):
-    """More was inflated than a block may hold."""
+class _Dry(Exception):
+    """All of a piece was read."""
 
 
-class _Sink:
-    """Where the decoder writes, bit by bit: it stops there at ``limit`` bytes, whatever is still to come."""
+class _Pieces:
+    """Where the decoder reads: it comes to no end with a piece, as b"" would tell it."""
 
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._parts: list[bytes] = []
-        self._size = 0
+    def __init__(self) -> None:
+        self._piece = b""
 
-    def write(self, data: bytes) -> int:
-        self._size += len(data)
-        if self._size > self._limit:
-            self._parts.clear()
-            raise _TooLarge
-        self._parts.append(data)
-        return len(data)
+    def put(self, piece: bytes) -> None:
+        """What is to be read next."""
+        self._piece = piece
 
-    def taken(self) -> bytes:
-        """What was written since the last call."""
-        plain = b"".join(self._parts)
-        self._parts.clear()
-        self._size = 0
-        return plain
+    def read(self, size: int) -> bytes:
+        """The piece, once; raises _Dry after it. It is not longer than ``size``."""
+        piece, self._piece = self._piece, b""
+        if not piece:
+            raise _Dry
+        return piece
 
 
 def _cut(frames: Sequence[bytes]) -> Iterator[list[bytes]]:

@@ -30,6 +30,7 @@ from farshore.fmm.factory import make_watcher
 from farshore.fmm.feed import Feed
 from farshore.fmm.types import Root
 from farshore.log import Log
+from farshore.tls import Credentials
 
 _log = Log(__name__)
 _FEED_SECONDS = 60.0
@@ -65,7 +66,7 @@ class NothingHeld(FarshoreError):
 class Group:
     """Runs ``config`` on this node, with its state below ``state``. All methods belong to the event loop."""
 
-    def __init__(self, name: str, config: NodeGroup, context: ssl.SSLContext, state: Path) -> None:
+    def __init__(self, name: str, config: NodeGroup, context: ssl.SSLContext | Credentials, state: Path) -> None:
         self.name = name
         self.config = config
         self._context = context

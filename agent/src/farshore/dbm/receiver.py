@@ -44,6 +44,7 @@ from farshore.dbm.messages import (
 from farshore.dbm.messages import Upload as UploadFrame
 from farshore.dbm.replica.commit import Applier, Listener, refusal
 from farshore.dbm.replica.intake import Inbox, Switch
+from farshore.dbm.replica.paths import MAX_PATH
 from farshore.dbm.replica.staging import Item, Stager, metadata_size
 from farshore.dbm.replica.upload import Upload, Uploader
 from farshore.errors import ProtocolError, StaleEpoch, UnsafePath
@@ -59,6 +60,10 @@ QUEUE_BYTES = 8 << 20
 #: Answers that may wait for a source that does not read them.
 _MOST_ANSWERS = 256
 _ALIVE_SECONDS = 5.0
+#: Bytes of memory that a message without content counts for: a peer may send nothing but such.
+_LEAST = 100
+#: Messages that are sorted before others of the event loop have their turn, some ms: a block of 2 MiB may hold 200,000.
+_IN_A_ROW = 1000
 #: A step of an upload that is under way when the connection ends has so long to end in good order.
 _GRACE_SECONDS = 10.0
 _T = TypeVar("_T")
@@ -169,11 +174,13 @@ class _Session(Listener):
         self._sent: set[int] = set()
         #: All that may have to be suspended when the connection ends.
         self._alive: list[Upload] = []
+        self._look_for_closed = 4 * MAX_UPLOADS
         #: A transaction or an upload was refused: all that follows is read and not taken.
         self._refused = False
         #: What has been answered: nothing is told to be applied before it was told to be durable.
         self._acked = 0
         self._applied: Applied | None = None
+        self._no_signature_told = False
         self._settling: asyncio.Future[bool] | None = None
         self._failure: asyncio.Future[None] = self._loop.create_future()
         # What is sorted out of the block at hand.
@@ -238,11 +245,17 @@ class _Session(Listener):
     # --- what arrives
 
     async def _read(self) -> None:
+        in_a_row = 0
         while (bodies := await self._next()) is not None:
             for body in bodies:
                 message = CODEC.decode(body, self._peer)
                 if not self._sort(message, body):
                     await self._answer(message)
+                in_a_row += 1
+                if in_a_row >= _IN_A_ROW:
+                    in_a_row = 0
+                    await asyncio.sleep(0)
+                    await self._outbox.room()
             await self._flush()
             await self._outbox.room()
 
@@ -265,9 +278,9 @@ class _Session(Listener):
             self._chunk(message)
         elif isinstance(message, Begin):
             self._gate.check_epoch(message.epoch)
-            self._add(message, 0)
+            self._add(message, _LEAST)
         elif isinstance(message, Commit):
-            self._add(message, 0)
+            self._add(message, _LEAST)
         elif isinstance(message, UploadFrame):
             self._upload(message)
         elif isinstance(message, Patch):
@@ -275,8 +288,9 @@ class _Session(Listener):
         elif isinstance(message, Drop):
             upload = self._take_out(message.upload)
             self._pieces.append((upload, None, True))
+            self._pieces_size += _LEAST
         elif isinstance(message, InStep):
-            self._add(self._in_step, 0)
+            self._add(self._in_step, _LEAST)
         elif isinstance(message, Hello):
             raise ProtocolError(self._peer, "Hello for a second time")
         else:
@@ -314,7 +328,10 @@ class _Session(Listener):
             raise ProtocolError(self._peer, f"more than {MAX_UPLOADS} uploads at once")
         self._applier.tree(root)
         old = self._applier.resume(root, path)
-        self._alive = [upload for upload in self._alive if not upload.closed]
+        if len(self._alive) >= self._look_for_closed:
+            # Not each time: a peer may open and drop them faster than they are closed.
+            self._alive = [upload for upload in self._alive if not upload.closed]
+            self._look_for_closed = 2 * len(self._alive) + 4 * MAX_UPLOADS
         if old is not None:
             self._alive.append(old)
         if frame.skip:
@@ -460,7 +477,9 @@ class _Session(Listener):
         try:
             signature = await self._work(SignaturePart(b"", False), self._applier.signature, root, path)
         except (UnsafePath, OSError) as error:
-            _log.warning("no signature", path=path, reason=error)
+            if not self._no_signature_told:
+                self._no_signature_told = True
+                _log.warning("no signature", path=path[:MAX_PATH], reason=error)
             signature = None
         if signature is None:
             self._outbox.put(NoSignature())

@@ -186,7 +186,7 @@ class Sender:
         group: str,
         epoch: int,
         peer: NodeRef,
-        context: ssl.SSLContext,
+        context: ssl.SSLContext | tls.Credentials,
         roots: list[tuple[str, Root]],
         index_path: Path,
         dirty: DirtySet,

@@ -49,7 +49,8 @@ class Codec(Generic[M]):
         """Decode a frame's body; raises ProtocolError naming what does not fit."""
         try:
             return self._decoder.decode(body)
-        except (msgspec.DecodeError, RecursionError) as error:
+        except (msgspec.DecodeError, RecursionError, ValueError) as error:
+            # A tag that is not UTF-8 is a UnicodeDecodeError, which is a ValueError.
             raise ProtocolError(peer, f"malformed frame: {error}") from None
 
 

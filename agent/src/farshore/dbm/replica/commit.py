@@ -57,6 +57,7 @@ from farshore.dbm.replica.history import History
 from farshore.dbm.replica.journal import Journal, Record
 from farshore.dbm.replica.leaves import LeafStore
 from farshore.dbm.replica.mark import Mark, Position
+from farshore.dbm.replica.paths import MAX_PATH
 from farshore.dbm.replica.segments import Place
 from farshore.dbm.replica.stage import Stage, Staged
 from farshore.dbm.replica.tree import BaseUnknown, Tree, exists
@@ -92,6 +93,8 @@ _STOPPING = frozenset(
 _TELL_SECONDS = 0.02
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _ENTRIES_PER_FRAME = 200
+#: Characters of the reason in a Nak.
+_MAX_REASON = 1000
 _NUMBER = struct.Struct(">Q")
 _OPERATIONS: wire.Codec[Operation] = wire.Codec(Operation)
 
@@ -445,8 +448,11 @@ class Applier:
 
     def when_applied(self, call: Callable[[], None]) -> None:
         """Call ``call``, in the applier's thread, once all that was accepted is applied and ``work`` was called."""
+        waiting = self.started, call
         with self._lock:
-            self._calls.append((self.started, call))
+            # A peer may say a thousand times that all is in step.
+            if not self._calls or self._calls[-1] != waiting:
+                self._calls.append(waiting)
 
     def forget_calls(self) -> None:
         """Nobody waits any more."""
@@ -991,7 +997,7 @@ class Applier:
         else:
             self._doubts[root, path] = None
             self._store_doubts()
-        self.listener.doubted(Nak(todo.seq, root, path, str(error), True))
+        self.listener.doubted(Nak(todo.seq, root, path[:MAX_PATH], str(error)[:_MAX_REASON], True))
 
     def _settle_doubts(self) -> None:
         """The source has sent anew what was in doubt."""
@@ -1049,13 +1055,16 @@ _SLICE_LOOK = 2000
 
 def refusal(seq: int, root: int, path: bytes, error: Exception) -> Nak:
     """The answer to what failed with ``error``; raises it when it is none of those that fail only the transaction."""
+    # An answer must fit into a frame, whatever the source calls a path.
+    path = path[:MAX_PATH]
     match error:
         case BaseUnknown() | UnsafePath() | delta.DeltaCorrupt():
-            return Nak(seq, root, path, str(error), True)
+            return Nak(seq, root, path, str(error)[:_MAX_REASON], True)
         case StateError():
-            return Nak(seq, root, path, str(error), False)
+            return Nak(seq, root, path, str(error)[:_MAX_REASON], False)
         case OSError():
-            return Nak(seq, root, path, f"{os.fsdecode(path)!r}: {error.strerror or error}", False)
+            reason = f"{os.fsdecode(path)!r}: {error.strerror or error}"
+            return Nak(seq, root, path, reason[-_MAX_REASON:], False)
         case OverflowError() | ValueError():
             raise ProtocolError("the source", f"a number in an operation on {path!r} is out of range") from None
     raise error

@@ -21,7 +21,8 @@ MISSING = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 #: Told of a file, before it is removed if it is: (handle of its directory, its name there, its path, its lstat).
 Visitor = Callable[[int, bytes, bytes, os.stat_result], None]
 
-_MAX_PATH = 4096
+#: Bytes of a path, the system's own limit.
+MAX_PATH = 4096
 _MAX_NAME = 255
 _OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NO_NAMES = (b"", b".", b"..")
@@ -40,8 +41,8 @@ def check(path: bytes) -> bytes:
 
 
 def _check_length(path: bytes) -> None:
-    if len(path) > _MAX_PATH:
-        raise UnsafePath(path[:80] + b"...", f"{len(path)} bytes; allowed are {_MAX_PATH}")
+    if len(path) > MAX_PATH:
+        raise UnsafePath(path[:80] + b"...", f"{len(path)} bytes; allowed are {MAX_PATH}")
     if b"\0" in path:
         raise UnsafePath(path, "it holds a NUL byte")
 
@@ -64,7 +65,8 @@ class Handles:
 
     def __init__(self, root: bytes, *, widening: bool = True) -> None:
         self._root = root
-        self._cache: OrderedDict[bytes, int] = OrderedDict()
+        #: By path; None is the directory that holds the root, and no path of a peer's can be that key.
+        self._cache: OrderedDict[bytes | None, int] = OrderedDict()
         #: Root may do everything; with ``widening``, anybody else gives himself the rights that he lacks.
         self._widening = widening and os.geteuid() != 0
         #: Directories that were given all rights for us, by path: their device and inode, and their true mode.
@@ -88,15 +90,14 @@ class Handles:
 
     def directory(self, path: bytes | None) -> int:
         """Handle of a directory; b"" is the root, None the directory that holds the root."""
-        key = b"//" if path is None else path
-        handle = self._cache.get(key)
+        handle = self._cache.get(path)
         if handle is None:
             handle = self._open(path)
             while len(self._cache) >= _CACHED_HANDLES:
                 os.close(self._cache.popitem(last=False)[1])
-            self._cache[key] = handle
+            self._cache[path] = handle
         else:
-            self._cache.move_to_end(key)
+            self._cache.move_to_end(path)
         return handle
 
     def writable_parent(self, path: bytes) -> tuple[int, bytes]:
@@ -179,15 +180,18 @@ def open_regular(handles: Handles, path: bytes) -> int | None:
     """A descriptor for reading the regular file at ``path``; None when there is none. Raises OSError, UnsafePath."""
     try:
         parent, name = handles.parent(path)
-        handle = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=parent)
+        inert = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
     except OSError as error:
         if error.errno in MISSING:
             return None
         raise
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
-        os.close(handle)
-        return None
-    return handle
+    try:
+        if not stat.S_ISREG(os.fstat(inert).st_mode):
+            return None
+        # Only now: to open a device's node, which a peer may have made, is to use the device.
+        return os.open(f"/proc/self/fd/{inert}", os.O_RDONLY | os.O_CLOEXEC)
+    finally:
+        os.close(inert)
 
 
 def remove_tree(parent: int, name: bytes, path: bytes = b"", before: Visitor | None = None) -> None:

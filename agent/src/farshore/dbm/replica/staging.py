@@ -48,6 +48,8 @@ MAX_METADATA = 64 << 20
 GROUP_OPERATIONS = 20_000
 GROUP_BYTES = 64 << 20
 GROUP_SECONDS = 0.2
+#: Bytes of memory that a transaction without operations counts for.
+_TRANSACTION = 1000
 #: User and group numbers are below; the last of them means nobody to chown(2).
 _ID = (1 << 32) - 1
 _NODES = (FileKind.FIFO, FileKind.CHARACTER_DEVICE, FileKind.BLOCK_DEVICE)
@@ -178,7 +180,7 @@ class Stager:
             self._batch_since = time.monotonic()
         self._batch.append(transaction)
         self._batch_operations += len(transaction.operations)
-        self._batch_size += transaction.size
+        self._batch_size += transaction.size + _TRANSACTION
 
     def _operation(self, operation: Operation, body: bytes, upload: Upload | None) -> None:
         """Stage an operation of the open transaction; ``upload`` holds what a Patch puts into place."""
@@ -307,6 +309,8 @@ class Stager:
     def _open_upload(self, upload: Upload) -> None:
         root = upload.root
         try:
+            # What is not based names it in vain; but it is kept, and told about in Welcome, if the connection breaks.
+            check(upload.path)
             base = self._open_file(root, upload.path) if upload.based else None
             try:
                 staged, handle = self._applier.stages[root].create()
@@ -330,6 +334,7 @@ class Stager:
 
     def _open_file(self, root: int, path: bytes) -> int:
         """Open a file for reading as it is after all complete transactions; raises BaseUnknown when there is none."""
+        check(path)
         if any(each.touches(root, path) for each in self._batch) or self._applier.touches(root, path):
             self._settle()
         tree = self._applier.tree(root)

@@ -20,9 +20,19 @@ import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 
+from farshore.dbm import wire
 from farshore.dbm.messages import Entry, Meta
 from farshore.dbm.reading import CheckedReader, digest_of
-from farshore.dbm.replica.paths import MISSING, PREFIX, Handles, check, open_regular, remove_tree, visit_tree
+from farshore.dbm.replica.paths import (
+    MAX_PATH,
+    MISSING,
+    PREFIX,
+    Handles,
+    check,
+    open_regular,
+    remove_tree,
+    visit_tree,
+)
 from farshore.dbm.replica.stage import Birth, Staged
 from farshore.errors import FarshoreError
 from farshore.fmm import scanner
@@ -38,6 +48,9 @@ _CANNOT_KEEP = (errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EINVAL, errno.EN
 _READ = 1 << 20
 #: Longer paths are kept aside under a short name: the system takes 4096 bytes, the place aside included.
 _LONG_PATH = 2048
+#: Bytes of attributes that an Entry has room for beside its path and target, each with what frames it.
+_MOST_XATTRS = wire.MAX_FRAME - (64 << 10)
+_XATTR_OVERHEAD = 16
 _libc = ctypes.CDLL(None, use_errno=True)
 
 #: Told before a file that this side may not have sent is overwritten or removed: (path, its lstat).
@@ -107,7 +120,8 @@ class Tree:
 
     def entries(self, root: int, digests: bool) -> Iterator[Entry]:
         """All that is in the tree, parents before children; with ``digests``, every file is read."""
-        for seen in scanner.walk(self.root, root, b"", self._filter, self._unreadable):
+        for seen in scanner.walk(self.root, root, b"", _Named(self._filter), self._unreadable):
+            self._check_interrupted()
             if seen.kind is FileKind.SOCKET:
                 continue
             digest = None
@@ -115,7 +129,10 @@ class Tree:
                 digest = self._digest(seen.path)
                 if digest is None:
                     continue
-            meta = Meta(seen.mode, seen.uid, seen.gid, seen.atime_ns, seen.mtime_ns, list(seen.xattrs))
+            # More than a frame holds is told as none: then they are set anew, or taken away.
+            size = sum(len(name) + len(value) + _XATTR_OVERHEAD for name, value in seen.xattrs)
+            xattrs = list(seen.xattrs) if size <= _MOST_XATTRS else []
+            meta = Meta(seen.mode, seen.uid, seen.gid, seen.atime_ns, seen.mtime_ns, xattrs)
             yield Entry(root, seen.path, int(seen.kind), meta, seen.size, seen.nlink, seen.rdev, seen.target, digest)
         self.end()
 
@@ -124,12 +141,12 @@ class Tree:
         if handle is None:
             return None
 
-        def check() -> None:
-            if self.interrupted.is_set():
-                raise InterruptedError(errno.EINTR, "the listing was interrupted")
-
         with io.FileIO(handle) as file:
-            return digest_of(CheckedReader(file, check))[1]
+            return digest_of(CheckedReader(file, self._check_interrupted))[1]
+
+    def _check_interrupted(self) -> None:
+        if self.interrupted.is_set():
+            raise InterruptedError(errno.EINTR, "the listing was interrupted")
 
     # --- looking before writing
 
@@ -508,7 +525,11 @@ class Tree:
             if scanner.is_replicated_xattr(name):
                 self._keep(_namespace(name), partial(os.removexattr, where, name, follow_symlinks=follow))
         for name, value in wanted.items():
-            self._keep(_namespace(name), partial(os.setxattr, where, name, value, follow_symlinks=follow))
+            if scanner.is_replicated_xattr(name):
+                self._keep(_namespace(name), partial(os.setxattr, where, name, value, follow_symlinks=follow))
+            else:
+                # The labels and the inner state of other systems are not a peer's to set.
+                self.problems["xattr cannot be kept here: it is none of those that are replicated"] = None
 
     @staticmethod
     def _unreadable(path: bytes, error: OSError) -> None:
@@ -530,6 +551,18 @@ class Tree:
             yield
         except OSError as error:
             raise _unexpected(path, error) from None
+
+
+class _Named(Filter):
+    """Leaves out what a source has no name for: moves can make a tree deeper than the system's longest path."""
+
+    def __init__(self, inner: Filter) -> None:
+        self._inner = inner
+        self.plain = False
+
+    def allows(self, path: bytes, is_dir: bool) -> bool:
+        """See ``Filter.allows``."""
+        return len(path) <= MAX_PATH and self._inner.allows(path, is_dir)
 
 
 def _unexpected(path: bytes, error: OSError) -> Exception:
