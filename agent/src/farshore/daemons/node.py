@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import math
 import os
 import signal
 import ssl
@@ -23,7 +24,7 @@ from farshore.log import Log
 
 _log = Log(__name__)
 _REQUESTS: wire.Codec[api.Request] = wire.Codec(api.Request)
-_GATEWAY_ONLY = (api.SetOwner, api.Freeze, api.Thaw, api.Flush)
+_GATEWAY_ONLY = (api.SetOwner, api.Freeze, api.Thaw, api.Flush, api.Verify)
 _LOCAL_ONLY = (api.Pause, api.Resume)
 _FIRST_FRAME_SECONDS = 10.0
 #: MessagePack: the first byte of an array, as the messages of a group's stream are; requests are maps.
@@ -152,6 +153,11 @@ class Node:
             case api.Flush(group=name, timeout=timeout):
                 chosen = self._owned(name)
                 return api.Done("; ".join(await asyncio.gather(*(group.flush(timeout) for group in chosen))))
+            case api.Verify(group=name, contents=contents, repair=repair, from_source=from_source, rate=rate):
+                if rate is not None and not 0 <= rate < math.inf:
+                    raise UsageError(f"a rate of {rate} bytes/s is not allowed; 0 is unlimited")
+                runs = [group.verify(contents, repair, from_source, rate) for group in self._owned(name)]
+                return api.Done(" ".join(runs))
             case api.Pause(group=name):
                 return api.Done("; ".join([await group.pause() for group in self._owned(name)]))
             case api.Resume(group=name):

@@ -21,6 +21,7 @@ from farshore.dbm.index import Index
 from farshore.dbm.messages import Hello, Refused, Welcome
 from farshore.dbm.record import Record, load, store
 from farshore.dbm.sender import Sender
+from farshore.dbm.verify.verifier import Verifier
 from farshore.errors import FarshoreError, NotInTime, StaleEpoch
 from farshore.fmm.dirty import DirtySet
 from farshore.fmm.factory import make_watcher
@@ -132,6 +133,15 @@ class Group:
             self.config.compress,
         )
         roots = [root for _, root in self._roots]
+        self._sender.verifier = Verifier(
+            self.name,
+            self._record.epoch,
+            roots,
+            self._state,
+            self.config.verify,
+            self._events_are_marked,
+            lambda: self._feed is not None and self._feed.watching and not self._paused,
+        )
         self._feed = Feed(lambda: make_watcher("auto", roots), self._dirty, self._sender.wake)
         self._feed.start()
         self._sender_task = asyncio.create_task(self._sender.run(), name=f"send {self.name}")
@@ -152,6 +162,8 @@ class Group:
         feed, self._feed = self._feed, None
         if feed is not None:
             await asyncio.to_thread(feed.close)
+        if self._sender is not None and self._sender.verifier is not None:
+            self._sender.verifier.close()
         self._sender = None
         self._paused = False
 
@@ -302,6 +314,17 @@ class Group:
             raise NotInTime(f"flush of group {self.name}", timeout, why) from None
         await sender.wait_durable(mark, max(0.05, timeout - (time.monotonic() - started)))
         return f"all of {self.name} is durable on {self.config.peer.node}"
+
+    def verify(self, contents: bool, repair: bool, from_source: bool, rate: float | None) -> str:
+        """Begin a verification, or join the one that is under way; raises NotOwner, or UnderWay for another one."""
+        if self._sender is None or self._sender.verifier is None:
+            raise NotOwner(self.name, self._record.owner, self.config.side)
+        return self._sender.verifier.request(contents, repair, from_source, rate)
+
+    async def _events_are_marked(self) -> None:
+        """Return when all that changed before the call is marked dirty."""
+        if self._feed is not None:
+            await self._barrier(self._feed)
 
     @staticmethod
     async def _barrier(feed: Feed) -> int:
@@ -483,6 +506,7 @@ class Group:
             units=await units.states(self.config.units),
             problems=problems,
             synced_once=self._record.synced_once,
+            verification=sender.verifier.status() if sender is not None and sender.verifier is not None else None,
         )
 
     def _in_step(self) -> bool:

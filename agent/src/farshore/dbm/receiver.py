@@ -23,12 +23,14 @@ from farshore.dbm.messages import (
     Chunk,
     Commit,
     Drop,
+    EndSurvey,
     Entries,
     Entry,
     FromSource,
     Hello,
     InStep,
     ListTree,
+    Look,
     Nak,
     NoSignature,
     Patch,
@@ -37,13 +39,16 @@ from farshore.dbm.messages import (
     Put,
     Refused,
     SignaturePart,
+    Survey,
     Uploaded,
+    WantDigests,
     WantSignature,
 )
 from farshore.dbm.messages import Upload as UploadFrame
 from farshore.dbm.replica.commit import Applier, refusal
 from farshore.dbm.replica.intake import Inbox, Switch
 from farshore.dbm.replica.staging import Item, Stager, metadata_size
+from farshore.dbm.replica.survey import Surveys
 from farshore.dbm.replica.upload import Upload, Uploader
 from farshore.errors import ProtocolError, StaleEpoch, UnsafePath
 from farshore.log import Log
@@ -162,6 +167,7 @@ class _Session:
         self._uploader = Uploader(
             self._chunks, self._switch, self._upload_failed, self._upload_complete, self._drop, self._fail
         )
+        self._surveys = Surveys(applier, self._tell, self._fail)
         #: The uploads that the source can still speak of, by their number.
         self._open: dict[int, Upload] = {}
         #: All whose last chunk has arrived, of these.
@@ -207,6 +213,7 @@ class _Session:
         self._operations.end()
         self._chunks.end()
         self._applier.stop_reading()
+        self._surveys.end()
         if not self._failure.done():
             self._failure.cancel()
         elif not self._failure.cancelled():
@@ -240,8 +247,11 @@ class _Session:
     def _sort(self, message: FromSource) -> bool:
         """Put a message in its queue; False when it is a question, which is answered before anything else is read."""
         kind = type(message)
-        if kind is Ping or kind is ListTree or kind is WantSignature:
+        if kind is Ping or kind is ListTree or kind is WantSignature or kind is Look:
             return False
+        if isinstance(message, (Survey, EndSurvey, WantDigests)):
+            self._surveys.take(message)
+            return True
         if self._refused:
             return True
         if kind is Put:
@@ -373,6 +383,10 @@ class _Session:
         for call in then:
             call()
 
+    def _tell(self, message: object) -> None:
+        """From any thread: send ``message`` soon."""
+        self._loop.call_soon_threadsafe(self._outbox.put, message)
+
     def _fail(self, error: BaseException) -> None:
         """From any thread: the connection cannot go on."""
 
@@ -394,6 +408,8 @@ class _Session:
             await self._send_entries(self._applier.entries(message.digests))
         elif isinstance(message, WantSignature):
             await self._send_signature(message.root, message.path)
+        elif isinstance(message, Look):
+            (await self._work(Pong(), self._surveys.look, message))()
 
     async def _settled(self) -> bool:
         """Wait until all that came is applied; False when something was refused."""

@@ -19,7 +19,7 @@ from farshore.errors import ProtocolError
 MAX_FRAME = 1 << 20
 #: Bytes of content in one Chunk frame.
 CHUNK = 256 << 10
-PROTOCOL = 3
+PROTOCOL = 4
 
 _LENGTH = struct.Struct(">I")
 _encoder = msgspec.msgpack.Encoder()

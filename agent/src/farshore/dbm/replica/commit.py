@@ -118,6 +118,8 @@ class Applier:
     """
 
     def __init__(self, roots: list[tuple[str, Root]], state: Path) -> None:
+        self.state = state
+        self.roots = [root for _, root in roots]
         self.names = [name for name, _ in roots]
         self.trees = [Tree(root.path, root) for _, root in roots]
         self.stages = [Stage(tree.root, state / str(i)) for i, tree in enumerate(self.trees)]
