@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
+import time
 from collections.abc import Iterable, Sequence
 
 import msgspec
 
-from farshore.cli import daemon
+from farshore.cli import daemon, verify
 from farshore.control import api, client
 from farshore.errors import PeerUnreachable
 
@@ -71,6 +72,9 @@ def _describe(answer: api.Answer) -> Iterable[str]:
             )
         yield from _table(rows)
         for group in answer.groups.values():
+            if group.verification is not None:
+                yield f"  verified {group.group}: {_verification(group.verification)}"
+        for group in answer.groups.values():
             for problem in group.problems:
                 yield f"  ! {group.group}: {problem}"
     elif isinstance(answer, api.MonitorStatus):
@@ -83,6 +87,19 @@ def _describe(answer: api.Answer) -> Iterable[str]:
             )
             rows.append((switch.group, switch.phase, switch.served_by, str(switch.epoch), health or "-", switch.reason))
         yield from _table(rows)
+
+
+def _verification(status: api.VerificationStatus) -> str:
+    parts = []
+    if status.run:
+        parts.append(f"{status.phase} now, {status.paths} paths done")
+    if status.last is not None:
+        parts.append(f"{_duration(max(0.0, time.time() - status.last.ended))} ago, {verify.verdict(status.last)}")
+    elif not status.run:
+        parts.append("never")
+    if status.due is not None and not status.run:
+        parts.append(f"next in {_duration(max(0.0, status.due - time.time()))}")
+    return "; ".join(parts)
 
 
 def _table(rows: Sequence[Sequence[str]]) -> Iterable[str]:

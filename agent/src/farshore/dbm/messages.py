@@ -403,10 +403,14 @@ class Digests(_Message, frozen=True, tag="digests"):
 
 
 class Seen(_Message, frozen=True, tag="seen"):
-    """A part of the answer to Look ``number``: what is there, with the digests of files that could be read."""
+    """A part of the answer to Look ``number``: what is there, with the digests of files that could be read.
+
+    ``read``: bytes of content that were read since the survey began.
+    """
 
     number: int
     entries: list[Entry]
+    read: int
     last: bool
 
 

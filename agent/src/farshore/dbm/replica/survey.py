@@ -237,13 +237,16 @@ class Surveys:
                 entry = self._entry(*opened.pop())
                 cost = len(entry.path) + sum(len(name) + len(value) for name, value in entry.meta.xattrs) + 200
                 if part and size + cost > _PART_BYTES:
-                    self._reply(Seen(number, part, False))
+                    self._reply(Seen(number, part, self._read(), False))
                     part, size = [], 0
                 part.append(entry)
                 size += cost
         finally:
             _close(opened)
-        self._reply(Seen(number, part, True))
+        self._reply(Seen(number, part, self._read(), True))
+
+    def _read(self) -> int:
+        return self._reader.read if self._reader is not None else 0
 
     def _entry(self, seen: Observed, file: io.FileIO | None) -> Entry:
         digest = None

@@ -243,6 +243,8 @@ class Verifier:
             elif message.done and not self._surveyed.done():
                 self._surveyed.set_result(message.roots)
             return
+        if isinstance(message, Seen):
+            self._read_replica = message.read
         question = self._questions.get(message.number)
         if question is None:
             raise ProtocolError("the replica", f"an answer to question {message.number}, which nobody asked")
