@@ -50,6 +50,7 @@ def there(**changes: Any) -> Entry:
         (facts(there=there(xattrs=[(b"user.a", b"")])), Finding.REPLICA, ("attributes",)),
         (facts(there=replace(THERE, digest=ROT)), Finding.REPLICA, ("content",)),
         (facts(there=replace(THERE, size=4, digest=None)), Finding.REPLICA, ("content",)),
+        (facts(there=replace(THERE, digest=None)), Finding.REPLICA, ("unreadable",)),
         # The index.
         (facts(replace(KNOWN, digest=OTHER)), Finding.INDEX, ("content",)),
         (facts(replace(KNOWN, xattrs=((b"user.a", b""),))), Finding.INDEX, ("attributes",)),

@@ -24,6 +24,7 @@ from farshore.dbm.index import Index
 from farshore.dbm.planner import Planner
 from farshore.dbm.replica.tree import Tree
 from farshore.dbm.sender import Sender
+from farshore.dbm.verify.reading import ContentReader
 from farshore.dbm.verify.verifier import Verifier
 from farshore.errors import FarshoreError
 from farshore.fmm.feed import Feed
@@ -207,6 +208,27 @@ async def test_what_cannot_be_kept_there_is_told_as_not_repaired(pair: Pair, mon
     assert report.result == "drift"
     named = {Path(each.path).name: each for each in report.drifts}
     assert (named["f0"].differences, named["f0"].repaired) == (["mode"], False)
+
+
+async def test_what_the_replicas_disk_cannot_read_is_sent_anew(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    await filled(pair)
+    # With their times, as the inodes' numbers may be given to what is sent anew.
+    bad = {((status := (pair.remote_tree / name).stat()).st_ino, status.st_ctime_ns) for name in ("a/f2", "big")}
+    read = ContentReader._read
+
+    def broken(self: ContentReader, file: Any, status: os.stat_result) -> tuple[int, bytes]:
+        if (status.st_ino, status.st_ctime_ns) in bad:
+            raise OSError(5, "Input/output error")
+        return read(self, file, status)
+
+    monkeypatch.setattr(ContentReader, "_read", broken)
+    report = await verify(pair)
+    assert report.result == "repaired", report
+    assert {Path(each.path).name: each.differences for each in report.drifts} == {
+        "f2": ["unreadable"],
+        "big": ["unreadable"],
+    }
+    assert differences(pair.local_tree, pair.remote_tree) == []
 
 
 # --- what it costs

@@ -89,7 +89,7 @@ def in_doubt(known: Known) -> bool:
 
 
 def replica_differs(known: Known | None, there: Entry | None) -> tuple[str, ...]:
-    """What of the replica is not what the index says; a content that is not known does not differ."""
+    """What of the replica is not what the index says; a file that could not be read there differs from any."""
     if known is None or there is None:
         return () if known is None and there is None else ("extra",) if known is None else ("missing",)
     if int(known.kind) != there.kind:
@@ -106,6 +106,7 @@ def replica_differs(known: Known | None, there: Entry | None) -> tuple[str, ...]
     if known.kind is FileKind.FILE:
         both = known.digest is not None and there.digest is not None
         found["content"] = known.size != there.size or (both and known.digest != there.digest)
+        found["unreadable"] = known.size == there.size and there.digest is None
     return tuple(name for name, differs in found.items() if differs)
 
 

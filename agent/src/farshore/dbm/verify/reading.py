@@ -179,7 +179,8 @@ class ContentReader:
     def digest(self, seen: Observed, opened: io.FileIO | None = None) -> bytes | None:
         """The BLAKE3-256 of the file that was ``seen``; None when it is another by now, or changed meanwhile.
 
-        ``opened`` is that file, and is closed. Raises OSError when it cannot be read, and Interrupted.
+        ``opened`` is that file, and is closed; that it was given another name, or none, since it was opened is no
+        change. Raises OSError when it cannot be read, and Interrupted.
         """
         known = self._store.content(seen.root, seen.path, identity(seen))
         if known is not None:
@@ -187,6 +188,7 @@ class ContentReader:
                 opened.close()
             return known
         self._budget.check()
+        moment = _content_moment if opened is not None else _moment
         if opened is None:
             try:
                 opened = open_to_read(self._roots[seen.root], seen.path)
@@ -197,16 +199,18 @@ class ContentReader:
         with opened as file:
             handle = file.fileno()
             before = os.fstat(handle)
-            if (before.st_dev, before.st_ino, before.st_size, before.st_ctime_ns) != (
+            if (before.st_dev, before.st_ino, before.st_size, before.st_mtime_ns) != (
                 seen.dev,
                 seen.ino,
                 seen.size,
-                seen.ctime_ns,
+                seen.mtime_ns,
             ):
+                return None
+            if moment is _moment and before.st_ctime_ns != seen.ctime_ns:
                 return None
             length, digest = self._read(file, before)
             after = os.fstat(handle)
-        if length != seen.size or (after.st_mtime_ns, after.st_ctime_ns) != (before.st_mtime_ns, before.st_ctime_ns):
+        if length != seen.size or moment(after) != moment(before):
             return None
         self._store.set_content(seen.root, seen.path, identity(seen), digest)
         return digest
@@ -232,6 +236,14 @@ class ContentReader:
         if drop:
             _drop_cache(handle)
         return length, hasher.digest()
+
+
+def _moment(status: os.stat_result) -> tuple[int, ...]:
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def _content_moment(status: os.stat_result) -> tuple[int, ...]:
+    return status.st_size, status.st_mtime_ns
 
 
 def open_to_read(root: Root, path: bytes) -> io.FileIO:
