@@ -13,7 +13,6 @@ from farshore.fmm.types import FileKind, Observed, Root
 
 #: Paths to look at closely that are remembered, at most; the rest is left for the next verification.
 MOST_SUSPECTS = 100_000
-Path = tuple[int, bytes]
 
 
 class Origin:
@@ -31,7 +30,7 @@ class Origin:
         self._reader = reader
         self._contents = contents
         self.comparing = True
-        self.suspects: set[Path] = set()
+        self.suspects: set[tuple[int, bytes]] = set()
         #: True when there were more.
         self.too_many = False
 
