@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -229,6 +230,27 @@ async def test_what_the_replicas_disk_cannot_read_is_sent_anew(pair: Pair, monke
         "big": ["unreadable"],
     }
     assert differences(pair.local_tree, pair.remote_tree) == []
+
+
+async def test_what_is_too_long_to_be_replicated_is_no_matter(pair: Pair) -> None:
+    await filled(pair)
+    for tree in (pair.local_tree, pair.remote_tree):
+        here = os.open(tree, os.O_RDONLY)
+        for _ in range(25):
+            os.mkdir(b"d" * 200, dir_fd=here)
+            below = os.open(b"d" * 200, os.O_RDONLY, dir_fd=here)
+            os.close(here)
+            here = below
+        os.close(os.open(b"f", os.O_CREAT, dir_fd=here))
+        os.close(here)
+        if tree == pair.local_tree:
+            await settled(pair)
+            shutil.rmtree(pair.remote_tree / ("d" * 200))
+    report = await verify(pair)
+    assert report.result == "repaired", report
+    assert (await verify(pair)).result == "clean"
+    (pair.remote_tree / "a/f0").unlink()
+    assert (await verify(pair)).result == "repaired"
 
 
 # --- what it costs
@@ -554,3 +576,51 @@ async def test_a_survey_that_fails_there_does_no_harm(pair: Pair, monkeypatch: p
     (pair.local_tree / "later").write_text("x")
     await settled(pair)
     assert (await verify(pair)).result == "clean"
+
+
+# --- a disk that forgets
+
+needs_loop = pytest.mark.skipif(
+    os.geteuid() != 0 or not all(map(shutil.which, ("losetup", "mkfs.ext4", "filefrag"))),
+    reason="needs root and loop devices",
+)
+
+
+@needs_loop
+async def test_bits_that_rot_on_the_sources_disk_are_told_and_not_sent(tmp_path: Path, pair: Pair) -> None:
+    """A block of the disk changes below the filesystem: no event, no time, no size tells of it."""
+    image = tmp_path / "disk"
+    with image.open("wb") as file:
+        file.truncate(16 << 20)
+    run("mkfs.ext4", "-q", "-b", "4096", "-O", "^has_journal", str(image))
+    try:
+        run("mount", "-o", "loop", str(image), str(pair.local_tree))
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"nothing can be mounted here: {error.stderr}")
+    try:
+        (pair.local_tree / "lost+found").rmdir()
+        good = os.urandom(8192)
+        (pair.local_tree / "f").write_bytes(good)
+        os.sync()
+        await asyncio.sleep(0.1)
+        await pair.own("local", 1)
+        await settled(pair)
+        with (pair.local_tree / "f").open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        extent = run("filefrag", "-v", "-b4096", str(pair.local_tree / "f")).splitlines()[3]
+        block = int(extent.split(":")[2].split("..")[0])
+        with image.open("r+b") as disk:
+            disk.seek(block * 4096 + 100)
+            disk.write(bytes([good[100] ^ 1]))
+        report = await verify(pair)
+        assert (pair.local_tree / "f").read_bytes() != good, "the disk still has what it had"
+        assert (report.result, report.findings) == ("drift", {"untraced": 1}), report
+        assert report.drifts[0].path == str(pair.local_tree / "f")
+        assert (pair.remote_tree / "f").read_bytes() == good
+    finally:
+        # Lazily, as the node still watches it.
+        run("umount", "--lazy", str(pair.local_tree))
+
+
+def run(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout

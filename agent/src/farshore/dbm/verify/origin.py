@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from farshore.dbm.index import IndexView, Known
+from farshore.dbm.planner import MAX_PATH
 from farshore.dbm.replica.paths import PREFIX
 from farshore.dbm.verify import digests, judge
 from farshore.dbm.verify.reading import ContentReader
@@ -60,7 +61,9 @@ class Origin:
             return seen, None
 
     def suspect(self, root: int, path: bytes) -> None:
-        """Have a path looked at closely."""
+        """Have a path looked at closely, unless it is too long for a replica, as the planner tells anyway."""
+        if len(path) > MAX_PATH:
+            return
         if len(self.suspects) < MOST_SUSPECTS:
             self.suspects.add((root, path))
         else:

@@ -16,6 +16,7 @@ from typing import Protocol
 from farshore.dbm.messages import Item
 from farshore.dbm.verify import digests
 from farshore.dbm.verify.reading import ContentReader, Store
+from farshore.errors import UnsafePath
 from farshore.fmm import scanner
 from farshore.fmm.patterns import Filter
 from farshore.fmm.types import FileKind, Observed, Root
@@ -137,7 +138,9 @@ class Disk:
             return self._reader.digest(seen) or b""
         except OSError as error:
             _unreadable(seen.path, error)
-            return b""
+        except UnsafePath:
+            pass  # Longer than any that is replicated.
+        return b""
 
 
 def _unreadable(path: bytes, error: OSError) -> None:
