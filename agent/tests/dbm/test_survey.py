@@ -77,6 +77,21 @@ def test_it_tells_the_digests_of_directories(replica: Replica) -> None:
     assert (nothing.number, nothing.items, nothing.last) == (3, [], True)
 
 
+def test_each_root_has_its_digest(tmp_path: Path) -> None:
+    replica = Replica(tmp_path, ("one", "two"))
+    try:
+        for root in (0, 1):
+            replica.send(MakeDir(root, b"", DIRECTORY), Put(root, b"f", FILE, b"%d" % root))
+        first, second = surveyed(replica).roots
+        replica.source.put(WantDigests(1, 1, b"", -1), Look(2, 1, [b"f"]))
+        assert digests.directory_digest(read(replica, Digests).items) == second != first
+        assert [(entry.root, entry.digest) for entry in read(replica, Seen).entries] == [
+            (1, blake3.blake3(b"1").digest())
+        ]
+    finally:
+        replica.finish()
+
+
 def test_large_directories_are_told_of_in_buckets(replica: Replica) -> None:
     replica.send(MakeDir(0, b"", DIRECTORY), *(Put(0, b"f%d" % number, FILE, b"x") for number in range(200)))
     surveyed(replica)

@@ -49,6 +49,20 @@ def test_a_budget_is_kept_on_average() -> None:
     assert clock.now == pytest.approx(157.0)
 
 
+def test_work_is_followed_by_as_much_rest() -> None:
+    clock = Clock()
+    budget = Budget(1000.0, Waits(clock), clock)
+    for _ in range(1000):
+        clock.now += 0.001
+        budget.breathe()
+    assert clock.now == pytest.approx(102.0, abs=0.01)
+    unlimited = Budget(0.0, Waits(clock), clock)
+    for _ in range(1000):
+        clock.now += 0.001
+        unlimited.breathe()
+    assert clock.now == pytest.approx(103.0, abs=0.01)
+
+
 def test_a_budget_ends_when_it_is_told_to() -> None:
     stopped = threading.Event()
     budget = Budget(1.0, stopped)

@@ -162,6 +162,20 @@ async def test_names_of_one_file_stay_so(pair: Pair) -> None:
     assert differences(pair.local_tree, pair.remote_tree) == []
 
 
+async def test_a_path_that_is_a_single_file_is_verified(pair: Pair) -> None:
+    pair.local_tree.rmdir()
+    pair.local_tree.write_bytes(os.urandom(200_000))
+    await pair.own("local", 1)
+    await settled(pair)
+    assert (await verify(pair)).result == "clean"
+    flip(pair.remote_tree, 100_000)
+    pair.remote_tree.chmod(0o600)
+    report = await verify(pair)
+    assert (report.result, report.drifts[0].differences) == ("repaired", ["mode", "content"])
+    assert report.drifts[0].path == str(pair.local_tree)
+    assert differences(pair.local_tree, pair.remote_tree) == []
+
+
 async def test_metadata_alone_are_compared_without_reading(pair: Pair) -> None:
     await filled(pair)
     flip(pair.remote_tree / "a/f0")

@@ -28,6 +28,9 @@ from farshore.fmm import scanner
 from farshore.fmm.types import Observed, Root
 
 _READ = 1 << 20
+#: Seconds of work after which there is a rest, and of the longest one.
+_WORK_SECONDS = 0.005
+_MOST_REST = 0.05
 #: What was found out is written down after so many seconds or rows.
 _SAVE_SECONDS = 5.0
 _SAVE_ROWS = 10_000
@@ -60,13 +63,16 @@ def be_idle() -> None:
 
 
 class Budget:
-    """Lets ``rate`` bytes/s be read on average, 0: any number. ``check`` raises Interrupted once ``stopped`` is set."""
+    """Lets ``rate`` bytes/s be read on average, and half of the time be worked; 0: any.
+
+    Every method raises Interrupted once ``stopped`` is set.
+    """
 
     def __init__(self, rate: float, stopped: threading.Event, clock: Callable[[], float] = time.monotonic) -> None:
         self._rate = rate
         self._stopped = stopped
         self._clock = clock
-        self._free_at = clock()
+        self._free_at = self._working_since = clock()
 
     def check(self) -> None:
         """Raises Interrupted when the reading is not wanted any more."""
@@ -79,6 +85,16 @@ class Budget:
             now = self._clock()
             self._free_at = max(self._free_at, now) + count / self._rate
             self._stopped.wait(self._free_at - now)
+            self._working_since = self._clock()
+        self.check()
+
+    def breathe(self) -> None:
+        """A name was looked at: rest as long as was worked, so that the interpreter's lock is free for others."""
+        if self._rate > 0:
+            worked = self._clock() - self._working_since
+            if worked >= _WORK_SECONDS:
+                self._stopped.wait(min(worked, _MOST_REST))
+                self._working_since = self._clock()
         self.check()
 
 
@@ -175,6 +191,10 @@ class ContentReader:
         self.read = 0
         #: Called now and then while contents are read.
         self.on_step: Callable[[], None] = budget.check
+
+    def breathe(self) -> None:
+        """See Budget."""
+        self._budget.breathe()
 
     def digest(self, seen: Observed, opened: io.FileIO | None = None) -> bytes | None:
         """The BLAKE3-256 of the file that was ``seen``; None when it is another by now, or changed meanwhile.

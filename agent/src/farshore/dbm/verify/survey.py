@@ -127,8 +127,12 @@ class Disk:
 
     def observe(self, root: int, path: bytes) -> list[Observed]:
         """What lies in a directory, without what is never replicated."""
-        seen = scanner.observe_directory(self._roots[root].path, root, path, self._filters[root], _unreadable)
-        return [each for each in seen if each.kind is not FileKind.SOCKET]
+        found = []
+        for seen in scanner.observe_directory(self._roots[root].path, root, path, self._filters[root], _unreadable):
+            self._reader.breathe()
+            if seen.kind is not FileKind.SOCKET:
+                found.append(seen)
+        return found
 
     def content(self, seen: Observed) -> bytes | None:
         """The digest of a file's content, b"" when it is not known; None when contents are not compared."""

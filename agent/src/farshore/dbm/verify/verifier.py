@@ -486,7 +486,6 @@ class Verifier:
         withheld = {(number, path) for number, path, _ in planner.problems}
         hints: list[Hint] = []
         changed = 0
-        index.begin()
         for path, verdict in scene.wrong.items():
             key, before, entry = (scene.root, path), scene.known[path], scene.there.get(path)
             if key in held or index.get(*key) != before:
@@ -498,6 +497,7 @@ class Verifier:
             found = self._found.get(key) or _Found(verdict.finding, verdict.differences)
             if found.sent < _REPAIRS and _is_sent(order, verdict.finding):
                 found = replace(found, sent=found.sent + 1)
+                index.begin()
                 if replica_differs(before, entry):
                     adopt(index, *key, before, None if entry is None else line.known(entry))
                     changed += 1
