@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from nodes import Mirror
@@ -55,6 +58,33 @@ def test_what_differs_is_told_and_repaired(mirror: Mirror) -> None:
     assert (mirror.destination / "f7").read_text() == "7"
     last = json.loads(ask(mirror, "status", "--json").stdout)["groups"]["mirror"]["verification"]["last"]
     assert last == report
+
+
+def verification(mirror: Mirror) -> dict[str, Any]:
+    """What the status says of verifications."""
+    found: dict[str, Any] = json.loads(ask(mirror, "status", "--json").stdout)["groups"]["mirror"]["verification"]
+    return found
+
+
+def test_a_daemon_that_was_killed_goes_on(mirror: Mirror) -> None:
+    for number in range(40):
+        (mirror.source / f"large{number}").write_bytes(os.urandom(100_000))
+    mirror.flush()
+    assert ask(mirror, "verify", "--no-wait", "--rate", "400kB/s").returncode == 0
+    run = verification(mirror)["run"]
+    # What was read is written down every few seconds.
+    for _ in range(600):
+        if verification(mirror)["read_source"] > 3_000_000:
+            break
+        time.sleep(0.1)
+    mirror.kill()
+    mirror.start()
+    asked = ask(mirror, "verify", "--rate", "unlimited", "--json")
+    assert asked.returncode == 0, asked.stderr
+    report = json.loads(asked.stdout)["mirror"]
+    assert (report["run"], report["result"]) == (run, "clean")
+    # It was asked for once more, not begun once more; and what had been read was not counted by the one who died.
+    assert 0 < report["read_source"] < 3_900_000
 
 
 def test_it_need_not_be_waited_for(mirror: Mirror) -> None:
