@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import blake3
 import pytest
@@ -206,6 +206,21 @@ def wait_for(condition: Callable[[], bool]) -> None:
     raise AssertionError("it did not happen")
 
 
+def test_what_cannot_be_looked_at_ends_the_verification_only(replica: Replica, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(replica)
+    surveyed(replica)
+
+    def broken(*arguments: object) -> NoReturn:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as disk:
+        disk.setattr("farshore.dbm.replica.survey.scanner.observe", broken)
+        replica.source.put(Look(1, 0, [b"top"]))
+        told = read(replica, Surveyed)
+    assert (told.run, told.problem) == (b"run", "'top': Input/output error")
+    assert isinstance(replica.send(Put(0, b"later", FILE, b"x")), Ack)
+
+
 OUTSIDE: list[list[object]] = [
     [Look(1, 0, [b"../out"])],
     [Look(1, 0, [b"/etc/passwd"])],
@@ -222,6 +237,7 @@ OUTSIDE: list[list[object]] = [
     [Survey(b"x" * 65, True, 0.0)],
     [Survey(b"run", True, -1.0)],
     [Survey(b"run", True, float("nan"))],
+    [Survey(b"run%d" % number, True, 0.0) for number in range(2000)],
     [Survey(b"slow", True, 1.0), *(WantDigests(number, 0, b"", -1) for number in range(MAX_QUESTIONS + 1))],
 ]
 

@@ -393,6 +393,24 @@ async def test_a_change_without_an_event_is_found_and_sent(pair: Pair, monkeypat
     assert differences(pair.local_tree, pair.remote_tree) == []
 
 
+async def test_a_pause_is_respected(pair: Pair) -> None:
+    await filled(pair)
+    group = pair.local.groups["web"]
+    await group.pause()
+    (pair.local_tree / "a/f0").write_bytes(b"meanwhile")
+    flip(pair.remote_tree / "a/f1")
+    there = {name: (pair.remote_tree / name).read_bytes() for name in ("a/f0", "a/f1")}
+    run_name = group.verify(True, True, False, 0.0)
+    await asyncio.sleep(1.5)
+    status = (await pair.local.status()).groups["web"].verification
+    assert status is not None and (status.run, status.phase) == (run_name, "waiting")
+    assert {name: (pair.remote_tree / name).read_bytes() for name in there} == there
+    await group.resume()
+    assert (await ended(pair, run_name)).result == "repaired"
+    await settled(pair)
+    assert differences(pair.local_tree, pair.remote_tree) == []
+
+
 # --- damage on the source
 
 

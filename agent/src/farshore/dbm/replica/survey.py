@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -80,7 +81,6 @@ class Surveys:
     def take(self, message: Survey | EndSurvey | WantDigests) -> None:
         """A question that is answered in no order with the stream; raises ProtocolError."""
         if isinstance(message, WantDigests):
-            self._count(1)
             if not 0 <= message.root < len(self._roots):
                 raise ProtocolError("the source", f"root {message.root} of {len(self._roots)}")
             if not -1 <= message.bucket < 256:
@@ -109,13 +109,16 @@ class Surveys:
                 found = self._open(message.root, path)
                 if found is not None:
                     opened.append(found)
+        except OSError as error:
+            _close(opened)
+            problem = f"{os.fsdecode(path)!r}: {error.strerror or error}".encode("utf-8", "backslashreplace").decode()
+            return lambda: self._give_up(problem)
         except BaseException:
             _close(opened)
             raise
 
         def answer() -> None:
             try:
-                self._count(1)
                 self._submit(self._seen, message.number, opened)
             except BaseException:
                 _close(opened)
@@ -131,11 +134,8 @@ class Surveys:
             self._pool.submit(self._close)
             self._pool.shutdown(wait=False)
 
-    def _count(self, by: int) -> None:
-        with self._lock:
-            self._asked += by
-            if self._asked > MAX_QUESTIONS:
-                raise ProtocolError("the source", f"more than {MAX_QUESTIONS} questions at once")
+    def _give_up(self, problem: str) -> None:
+        self._reply(Surveyed(self._run_name, 0, 0, True, [], problem))
 
     def _open(self, root: int, path: bytes) -> _Opened | None:
         try:
@@ -151,6 +151,10 @@ class Surveys:
         return seen, None
 
     def _submit(self, call: Callable[..., None], *arguments: object) -> None:
+        with self._lock:
+            self._asked += 1
+            if self._asked > MAX_QUESTIONS:
+                raise ProtocolError("the source", f"more than {MAX_QUESTIONS} questions at once")
         if self._pool is None:
             self._pool = ThreadPoolExecutor(1, thread_name_prefix="survey", initializer=be_idle)
         self._pool.submit(self._run, call, *arguments)
@@ -167,7 +171,10 @@ class Surveys:
         except Exception as error:
             # Whatever it is, replication must go on.
             _log.error("the survey failed", error)
-            self._reply(Surveyed(self._run_name, 0, 0, True, [], str(error) or type(error).__name__))
+            self._give_up(str(error) or type(error).__name__)
+        finally:
+            with self._lock:
+                self._asked -= 1
 
     def _survey(self, message: Survey, stopped: threading.Event) -> None:
         self._close()
@@ -215,7 +222,6 @@ class Surveys:
         in_buckets = message.bucket < 0 and len(items) > digests.FEW_NAMES
         if in_buckets:
             items = digests.buckets(items)
-        self._count(-1)
         part: list[Item] = []
         size = 0
         for item in items:
@@ -229,7 +235,6 @@ class Surveys:
     def _seen(self, number: int, opened: list[_Opened]) -> None:
         part: list[Entry] = []
         size = 0
-        self._count(-1)
         try:
             while opened:
                 if self._ended:

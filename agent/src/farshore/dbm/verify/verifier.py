@@ -169,6 +169,7 @@ class Verifier:
         self._group = group
         self._epoch = epoch
         self._roots = roots
+        self._tops: set[Path] = {(number, b"") for number in range(len(roots))}
         self._state = state
         self._settings = settings
         self._barrier = barrier
@@ -266,16 +267,20 @@ class Verifier:
                 self._begin(self._new_order(True, self._settings.contents, True, False, None))
             if self._book.order is not None:
                 self._phase = "waiting"
-                while not self._can(line):  # noqa: ASYNC110 - it depends on many things, none with an event
-                    await asyncio.sleep(_WAIT)
+                await self._until(lambda: self._may_go_on(line) and not line.held(self._tops))
                 return self._book.order
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_LOOK_AROUND):
                     await self._asked.wait()
 
-    def _can(self, line: Line) -> bool:
-        roots = ((number, b"") for number in range(len(self._roots)))
-        return self._may_run() and line.comparable and not line.held(roots)
+    def _may_go_on(self, line: Line) -> bool:
+        """Nothing can be told of a source that nobody watches, or that is not there."""
+        return self._may_run() and line.comparable
+
+    @staticmethod
+    async def _until(condition: Callable[[], bool]) -> None:
+        while not condition():  # noqa: ASYNC110 - it depends on many things, none with an event
+            await asyncio.sleep(_WAIT)
 
     async def _carry_out(self, line: Line, order: Order) -> VerificationReport:
         """Do it all; a failure that is not the connection's is what is reported."""
@@ -393,8 +398,8 @@ class Verifier:
             return await self._in_thread(reading.surveyor.items, root, path)
 
         await descend(asking, ours, theirs, items_of, origin.suspect)
-        roots = {(number, b"") for number in range(len(self._roots))}
-        await self._repair_all(line, order, asking, reading, origin.suspects | roots | set(self._found))
+        suspects = origin.suspects | self._tops | self._found.keys()
+        await self._repair_all(line, order, asking, reading, suspects)
         if origin.too_many:
             return self._report(order, "drift", "more differs than can be remembered; verify again")
         if any(not found.repaired for found in self._found.values()):
@@ -443,6 +448,7 @@ class Verifier:
 
     async def _look(self, line: Line, asking: Asking, reading: _Reading, root: int, paths: list[bytes]) -> _Scene:
         """See how things are at some paths, and judge."""
+        await self._until(lambda: self._may_go_on(line))
         await self._barrier()
         async with line.between():
             known = await line.with_index(lambda index, _: {path: index.get(root, path) for path in paths})
@@ -469,7 +475,8 @@ class Verifier:
         # What was seen here a moment ago may be a change whose event was on its way then.
         await self._barrier()
         async with line.between():
-            held = line.held((scene.root, path) for path in scene.wrong)
+            paths = {(scene.root, path) for path in scene.wrong}
+            held = line.held(paths) if self._may_go_on(line) else paths
             hints, changed = await line.with_index(
                 lambda index, planner: self._distrust(index, planner, line, order, scene, held)
             )
