@@ -120,7 +120,7 @@ def report(result: str, reason: str = "", found: int = 0, unrepaired: int = 0) -
 def test_a_report_in_words() -> None:
     lines = list(verify.describe("web", report("drift", found=30, unrepaired=2)))
     assert lines[0] == "web: 30 paths differed, 2 not repaired; 5 paths, 2.5 MB read here and 999 B there, in 2 h 0 min"
-    assert lines[1] == "  3 paths never rested long enough to be compared"
+    assert lines[1] == "  3 paths could not be compared: they change all the time, or cannot be read here"
     assert lines[2] == "  1 paths cannot be replicated; 'farshore status' tells why"
     assert lines[3] == "  /srv/f0: its content changed here without a trace (content); NOT REPAIRED"
     assert lines[-1] == "  and 10 more"

@@ -96,7 +96,7 @@ def describe(group: str, report: api.VerificationReport) -> Iterable[str]:
     )
     yield f"{group}: {verdict(report)}; {report.paths} paths{read}, in {duration(report.ended - report.started)}"
     if report.busy:
-        yield f"  {report.busy} paths never rested long enough to be compared"
+        yield f"  {report.busy} paths could not be compared: they change all the time, or cannot be read here"
     if report.withheld:
         yield f"  {report.withheld} paths cannot be replicated; 'farshore status' tells why"
     for drift in report.drifts[:_SHOWN]:

@@ -123,8 +123,9 @@ class VerificationReport(msgspec.Struct, frozen=True):
     """A verification that has ended. Times in seconds since 1970, sizes in bytes.
 
     ``result``: "clean", "repaired", "drift" (something is not repaired) or "failed" with the ``reason``. ``findings``
-    counts paths by finding, ``unrepaired`` those that differ still, ``busy`` those that never rested long enough to be
-    compared, ``withheld`` those that cannot be replicated, as ``problems`` tell. ``drifts`` names the first of them.
+    counts paths by finding, ``unrepaired`` those that differ still, ``busy`` those that could not be compared, as they
+    changed all the time or cannot be read on the source, ``withheld`` those that cannot be replicated, as ``problems``
+    tell. ``drifts`` names the first of them.
     """
 
     run: str

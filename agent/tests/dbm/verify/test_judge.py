@@ -73,6 +73,7 @@ def there(**changes: Any) -> Entry:
         (facts(replace(KNOWN, mode=-1)), Finding.MOVING, ()),
         (facts(replace(KNOWN, kind=FileKind.SOCKET)), Finding.MOVING, ()),
         (facts(content=None, there=None), Finding.MOVING, ("missing",)),
+        (facts(content=None), Finding.MOVING, ()),
     ],
 )
 def test_findings(given: Facts, finding: Finding, differences: tuple[str, ...]) -> None:

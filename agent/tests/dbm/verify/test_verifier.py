@@ -463,6 +463,24 @@ async def test_damage_on_the_source_is_told_and_not_sent(pair: Pair, size: int) 
     assert differences(pair.local_tree, pair.remote_tree) == []
 
 
+async def test_what_the_sources_disk_cannot_read_is_not_compared(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    await filled(pair)
+    bad = (pair.local_tree / "a/f2").stat().st_ino
+    read = ContentReader._read
+
+    def broken(self: ContentReader, file: Any, status: os.stat_result) -> tuple[int, bytes]:
+        if status.st_ino == bad:
+            raise OSError(5, "Input/output error")
+        return read(self, file, status)
+
+    monkeypatch.setattr(ContentReader, "_read", broken)
+    good = (pair.remote_tree / "a/f2").read_bytes()
+    (pair.remote_tree / "a/f2").chmod(0o600)
+    report = await verify(pair)
+    assert (report.result, report.busy, report.findings) == ("clean", 1, {})
+    assert (pair.remote_tree / "a/f2").read_bytes() == good
+
+
 async def test_a_good_copy_that_is_brought_back_ends_it(pair: Pair) -> None:
     copy, good, _ = await rotten(pair, 1000)
     assert (await verify(pair)).result == "drift"

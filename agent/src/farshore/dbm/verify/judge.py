@@ -17,10 +17,10 @@ _TOUCHED = "touched"
 class Finding(enum.StrEnum):
     """What is the matter with a path.
 
-    ``SAME``: nothing. ``MOVING``: it cannot be told now, as it is changing or is in doubt already. ``REPLICA``: the
-    replica lost or changed what it had acknowledged. ``INDEX``: source and replica agree, the index is wrong.
-    ``UNSEEN``: the source changed, as its times tell, and no event came. ``UNTRACED``: the source's content is not
-    what was acknowledged, though nothing else of the file changed.
+    ``SAME``: nothing. ``MOVING``: it cannot be told now, as it is changing, unreadable here, or in doubt already.
+    ``REPLICA``: the replica lost or changed what it had acknowledged. ``INDEX``: source and replica agree, the index is
+    wrong. ``UNSEEN``: the source changed, as its times tell, and no event came. ``UNTRACED``: the source's content is
+    not what was acknowledged, though nothing else of the file changed.
     """
 
     SAME = "same"
@@ -65,8 +65,8 @@ def judge(facts: Facts) -> Verdict:
         return Verdict(Finding.UNSEEN, change)
     if here is not None and known is not None and here.kind is FileKind.FILE:
         if content is None:
-            # Without knowing what is here, nothing may be sent over what is there.
-            return Verdict(Finding.MOVING if drift or change else Finding.SAME, drift)
+            # Without knowing what is here, nothing can be said, and nothing may be sent over what is there.
+            return Verdict(Finding.MOVING, drift)
         expected = known.digest
         if expected is None:
             # Nobody has read it since it was only listed: both sides have it, and who is right is not known.

@@ -45,12 +45,15 @@ class Origin:
                 found[name] = self._own(each, contents.get(name)), each.kind is FileKind.DIRECTORY
         return found
 
-    def look(self, root: int, path: bytes) -> tuple[Observed | None, bytes | None]:
-        """What is here at ``path``, and the digest of its content: None when it is no file, or not to be read now."""
+    def look(self, root: int, path: bytes) -> tuple[Observed | None, bytes | None] | None:
+        """What is here at ``path``, and the digest of its content: None when it is no file, or not to be read now.
+
+        None at all when not even what is there can be told.
+        """
         try:
             seen = scanner.observe(self._roots[root].path, root, path)
         except OSError:
-            seen = None
+            return None
         if seen is None or seen.kind is FileKind.SOCKET:
             return None, None
         if seen.kind is not FileKind.FILE:
@@ -105,7 +108,7 @@ class Origin:
         if not self._contents or known.kind is not FileKind.FILE:
             return digests.of_known(known, None)
         if known.digest is None and content is None:
-            seen, content = self.look(known.root, known.path)
+            seen, content = self.look(known.root, known.path) or (None, None)
             if seen is None or judge.source_differs(known, seen):
                 content = None
         content = known.digest or content

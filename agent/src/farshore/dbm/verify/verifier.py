@@ -139,8 +139,8 @@ class _Reading:
         self.origin.comparing = False
         return found
 
-    def look(self, root: int, paths: list[bytes]) -> dict[bytes, tuple[Observed | None, bytes | None]]:
-        """What is here at each path, and the digest of its content."""
+    def look(self, root: int, paths: list[bytes]) -> dict[bytes, tuple[Observed | None, bytes | None] | None]:
+        """What is here at each path, and the digest of its content; see ``Origin.look``."""
         return {path: self.origin.look(root, path) for path in paths}
 
     def close(self) -> None:
@@ -312,6 +312,8 @@ class Verifier:
                 "differed", group=self._group, path=self._where(path), finding=found.finding.value, what=what,
                 repaired=found.repaired,
             )  # fmt: skip
+        for path in sorted(self._busy)[:_LOGGED]:
+            _log.warning("not compared: it changes all the time, or cannot be read", path=self._where(path))
         tell = _log.info if report.result in ("clean", "repaired") else _log.warning
         tell(
             "verified",
@@ -461,7 +463,8 @@ class Verifier:
         here = await self._in_thread(reading.look, root, resting)
         scene = _Scene(root, paths, known, there, {}, held)
         for path in resting:
-            verdict = judge(Facts(known[path], there.get(path), *here[path]))
+            seen = here[path]
+            verdict = Verdict(Finding.MOVING) if seen is None else judge(Facts(known[path], there.get(path), *seen))
             if verdict.finding is Finding.MOVING:
                 scene.again.add((root, path))
             elif verdict.finding is not Finding.SAME:
