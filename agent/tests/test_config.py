@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from farshore.config import Bandwidth, BrakeConfig, MonitorConfig, NodeConfig, Window, load, parse
+from farshore.config import Bandwidth, BrakeConfig, MonitorConfig, NodeConfig, Verification, Window, load, parse
 from farshore.errors import ConfigError
 
 NODE: dict[str, Any] = {
@@ -74,6 +74,15 @@ def test_bandwidth_is_read() -> None:
     assert group.bandwidth == Bandwidth("20Mbit/s", (Window("5 Mbit/s", "mon-fri", "08:00", "18:00"),))
     default = parse(NODE, NodeConfig).groups["web"]
     assert (default.bandwidth, default.compress) == (Bandwidth("unlimited"), True)
+
+
+def test_verification_is_read() -> None:
+    data = {"every": "month", "contents": False, "rate": "5MB/s", "days": "sat,sun", "from": "22:00", "to": "06:00"}
+    verify = parse(changed(NODE, ["groups", "web", "verify"], data), NodeConfig).groups["web"].verify
+    assert verify == Verification("month", False, "5MB/s", "sat,sun", "22:00", "06:00")
+    assert verify.window.covers(datetime(2026, 11, 23, 5, 59))  # Monday, in the night that began on Sunday
+    assert not verify.window.covers(datetime(2026, 11, 23, 22, 0))
+    assert parse(NODE, NodeConfig).groups["web"].verify == Verification("week", True, "20MB/s")
 
 
 @pytest.mark.parametrize(
@@ -145,6 +154,11 @@ def test_units_of_bandwidth(limit: str, rate: float) -> None:
         (["groups", "web", "brake"], {"entropy_share": 101}, ["brake.entropy_share", "101", "1..100 percent"]),
         (["groups", "web", "brake"], {"least_files": 0}, ["brake.least_files", "0", "from 1"]),
         (["groups", "web", "brake"], {"least_files": 9.5}, ["brake.least_files", "9.5", "whole number"]),
+        (["groups", "web", "verify"], {"every": "hour"}, ["groups.web.verify.every", "hour", "never", "week"]),
+        (["groups", "web", "verify"], {"rate": "20mb"}, ["groups.web.verify.rate", "20mb", "MB/s"]),
+        (["groups", "web", "verify"], {"days": "weekend"}, ["groups.web.verify.days", "weekend", "mon"]),
+        (["groups", "web", "verify"], {"from": "02:00", "to": "02:00"}, ["groups.web.verify", "no time at all"]),
+        (["groups", "web", "verify"], {"interval": 5}, ["groups.web.verify.interval", "known key", "every"]),
         (["groups", "a name"], NODE["groups"]["web"], ["a name", "letters"]),
         (["groups", "more"], NODE["groups"]["web"], ["/srv/www", "groups.web.paths"]),
         (["log_level"], "loud", ["log_level", "loud", "debug"]),

@@ -21,7 +21,7 @@ SITE_OF = {"ldrg": "ldc", "local_servers": "ldc", "rdrg": "rbc", "backup_servers
 
 _GROUP_KEYS = (
     "local_server", "backup_server", "paths", "services", "units",
-    "failover", "failback", "rpo", "hold_down", "step_timeout", "bandwidth", "compress", "brake",
+    "failover", "failback", "rpo", "hold_down", "step_timeout", "bandwidth", "compress", "brake", "verify",
 )  # fmt: skip
 _SITE_KEYS = ("network", "public_address")
 _PATH_KEYS = ("path", "replica", "include", "exclude")
@@ -30,6 +30,8 @@ _CHECK_KEYS = ("kind", "interval", "timeout", "rise", "fall", "path", "host", "s
 _RPO_KEYS = ("warn", "critical")
 _BANDWIDTH_KEYS = ("limit", "schedule")
 _BRAKE_KEYS = ("mode", "window", "most_share", "least_files", "entropy_share")
+_VERIFY_KEYS = ("every", "contents", "rate", "days", "from", "to")
+_PERIODS = ("never", "day", "week", "month")
 _WINDOW_KEYS = ("days", "from", "to", "limit")
 _DAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,19}")
@@ -59,7 +61,7 @@ def node_groups(intent: Intent, host: str, hostvars: HostVars, replica_root: str
             }
             if group.get("units"):
                 entry["units"] = list(group["units"])
-            for key in ("rpo", "bandwidth"):
+            for key in ("rpo", "bandwidth", "verify"):
                 if group.get(key):
                     entry[key] = dict(group[key])
             if "compress" in group:
@@ -256,6 +258,7 @@ def _group_errors(where: str, name: Any, group: Any, groups: Mapping[str, Sequen
     yield from _rpo_errors(f"{where}.rpo", group.get("rpo", {}))
     yield from _bandwidth_errors(f"{where}.bandwidth", group.get("bandwidth", {}))
     yield from _brake_errors(f"{where}.brake", group.get("brake", {}))
+    yield from _verify_errors(f"{where}.verify", group.get("verify", {}))
     if not isinstance(group.get("compress", True), bool):
         yield f"{where}.compress: {group['compress']!r} is not allowed; allowed: true, false"
     yield from _list_errors(where, group, "paths", _path_errors)
@@ -344,11 +347,28 @@ def _bandwidth_errors(where: str, bandwidth: Any) -> Iterator[str]:
         yield from _list_errors(where, bandwidth, "schedule", _window_errors)
 
 
+def _verify_errors(where: str, verify: Any) -> Iterator[str]:
+    yield from _keys(where, verify, _VERIFY_KEYS)
+    if not isinstance(verify, Mapping):
+        return
+    if verify.get("every", "week") not in _PERIODS:
+        yield f"{where}.every: {verify['every']!r} is not allowed; allowed: {', '.join(_PERIODS)}"
+    if not isinstance(verify.get("contents", True), bool):
+        yield f"{where}.contents: {verify['contents']!r} is not allowed; allowed: true, false"
+    yield from _rate_errors(f"{where}.rate", verify.get("rate", "unlimited"))
+    yield from _time_errors(where, verify)
+
+
 def _window_errors(where: str, item: Any) -> Iterator[str]:
     yield from _keys(where, item, _WINDOW_KEYS, required=("limit",))
     if not isinstance(item, Mapping):
         return
     yield from _rate_errors(f"{where}.limit", item.get("limit", "unlimited"))
+    yield from _time_errors(where, item)
+
+
+def _time_errors(where: str, item: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong in the days and times of a window of the week."""
     days = item.get("days", "mon-sun")
     ends = [day for part in str(days).split(",") for day in part.strip().split("-", 1)]
     if not isinstance(days, str) or not set(ends) <= set(_DAYS):

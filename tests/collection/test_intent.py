@@ -139,6 +139,24 @@ MISTAKES: list[tuple[list[Any], Any, str]] = [
         "zstd",
         "farshore_groups.web.compress: 'zstd' is not allowed; allowed: true, false",
     ),
+    (["intent", "web", "verify"], "week", "farshore_groups.web.verify: 'week' is not a mapping"),
+    (
+        ["intent", "web", "verify"],
+        {"every": "year"},
+        "web.verify.every: 'year' is not allowed; allowed: never, day, week",
+    ),
+    (
+        ["intent", "web", "verify"],
+        {"contents": "yes"},
+        "web.verify.contents: 'yes' is not allowed; allowed: true, false",
+    ),
+    (
+        ["intent", "web", "verify"],
+        {"rate": 20},
+        "farshore_groups.web.verify.rate: 20 is not allowed; allowed: unlimited",
+    ),
+    (["intent", "web", "verify"], {"interval": 7}, "web.verify.interval: is not a known key; allowed: every, contents"),
+    (["intent", "web", "verify"], {"from": 1320}, "web.verify.from: 1320 is not a time of day"),
     (["intent", "web", "bandwidth"], "5Mbit/s", "farshore_groups.web.bandwidth: '5Mbit/s' is not a mapping"),
     (["intent", "web", "bandwidth"], {"limit": "5mb"}, "web.bandwidth.limit: '5mb' is not allowed; allowed: unlimited"),
     (["intent", "web", "bandwidth"], {"limit": "0MB/s"}, "web.bandwidth.limit: '0MB/s' is not allowed"),
@@ -245,6 +263,38 @@ def test_both_ends_are_told_of_the_brake(intent: ModuleType, inventory: Inventor
     assert "brake" not in intent.node_groups(inventory["intent"], "bak1", inventory["hostvars"], "/replicas")["web"]
 
 
+def test_both_ends_are_told_how_to_verify(intent: ModuleType, inventory: Inventory) -> None:
+    verify = {"every": "month", "rate": "5MB/s", "days": "sat,sun", "from": "22:00", "to": "06:00"}
+    inventory["intent"]["web"]["verify"] = verify
+    assert errors(intent, inventory) == []
+    for host in ("web1", "bak1"):
+        group = intent.node_groups(inventory["intent"], host, inventory["hostvars"], "/replicas")["web"]
+        assert group["verify"] == verify
+    assert "verify" not in intent.monitor_groups(inventory["intent"], inventory["hostvars"])["web"]
+
+
+VERIFY = [
+    {},
+    *({"every": every} for every in ("never", "day", "week", "month", "year", 7)),
+    *({"contents": contents} for contents in (True, False, "no", 1)),
+    *({"rate": rate} for rate in RATES),
+    *({key: value for key, value in window.items() if key != "limit"} for window in WINDOWS),
+]
+
+
+@pytest.mark.parametrize("keys", VERIFY, ids=str)
+def test_preflight_and_agent_agree_on_verification(intent: ModuleType, inventory: Inventory, keys: Any) -> None:
+    config = pytest.importorskip("farshore.config")
+    inventory["intent"]["web"]["verify"] = keys
+    refused = bool(errors(intent, inventory))
+    try:
+        config.parse(keys, config.Verification)
+    except config.ConfigError:
+        assert refused
+    else:
+        assert not refused
+
+
 def test_a_port_is_published_once(intent: ModuleType, two_servers: Inventory) -> None:
     two_servers["intent"]["db"]["services"][0]["port"] = 80
     assert any("port 80/tcp is published by group" in error for error in errors(intent, two_servers))
@@ -261,6 +311,7 @@ def test_what_is_computed_is_what_the_agent_reads(intent: ModuleType, two_server
     tls = {"ca": "/ca", "certificate": "/crt", "key": "/key"}
     groups, hostvars = two_servers["intent"], two_servers["hostvars"]
     groups["web"].update(bandwidth=window(**{"from": "22:00", "to": "06:00"}), compress=True)
+    groups["web"].update(verify={"every": "week", "rate": "unlimited", "from": "22:00", "to": "06:00"})
     node = {"node": "bak1", "listen": {"address": "10.2.0.10"}, "tls": tls}
     node["groups"] = intent.node_groups(groups, "bak1", hostvars, "/replicas")
     assert set(config.parse(node, config.NodeConfig).groups) == {"db", "web"}

@@ -217,6 +217,36 @@ class BrakeConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class Verification:
+    """How often source, index and replica of a group are compared, and what that may cost.
+
+    ``contents``: with the contents of all files, of which each side reads no more than ``rate`` in a second. One that
+    is due starts within the window of ``days``, ``start`` and ``end`` (``from`` and ``to`` in the file; see Window).
+    """
+
+    every: Literal["never", "day", "week", "month"] = "week"
+    contents: bool = True
+    rate: str = "20MB/s"
+    days: str = "mon-sun"
+    start: str = field(default="00:00", metadata={"key": "from"})
+    end: str = field(default="24:00", metadata={"key": "to"})
+
+    def validate(self, where: str) -> None:
+        _rate(f"{where}.rate", self.rate)
+        Window("unlimited", self.days, self.start, self.end).validate(where)
+
+    @property
+    def window(self) -> Window:
+        """When one that is due may start."""
+        return Window("unlimited", self.days, self.start, self.end)
+
+
+def read_rate(where: str, value: str) -> float:
+    """The bytes/s of a text such as 20MB/s, infinite for unlimited; raises ConfigError, naming ``where``."""
+    return _rate(where, value)
+
+
+@dataclass(frozen=True, slots=True)
 class NodeGroup:
     """A protection group as one of its two nodes sees it."""
 
@@ -229,6 +259,7 @@ class NodeGroup:
     compress: bool = True
     history: History = field(default_factory=History)
     brake: BrakeConfig = field(default_factory=BrakeConfig)
+    verify: Verification = field(default_factory=Verification)
 
     def validate(self, where: str) -> None:
         if not self.paths:

@@ -6,11 +6,13 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from farshore.dbm.index import Index, Known
+from farshore.dbm.index import Index, IndexView, Known
+from farshore.errors import StateError
 from farshore.fmm.types import FileKind
 
 # Names around "/" in the order of bytes, where ranges over directories go wrong first.
@@ -114,3 +116,24 @@ class IndexMachine(RuleBasedStateMachine):
 
 IndexMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)
 TestIndex = IndexMachine.TestCase
+
+
+def test_a_view_sees_what_is_committed_while_the_index_is_written(tmp_path: Path) -> None:
+    path = tmp_path / "in#dex ?.db"
+    with pytest.raises(StateError):
+        IndexView(path).children(0, b"")
+    index = Index(path)
+    index.begin()
+    index.put_all([entry(0, b"a", 1), entry(0, b"a/b", 2), entry(0, b"", 3), entry(1, b"c", 4)])
+    view = IndexView(path)
+    assert view.children(0, b"") == []
+    index.commit()
+    assert view.children(0, b"") == [entry(0, b"a", 1)]
+    assert view.children(0, b"a") == [entry(0, b"a/b", 2)]
+    index.begin()
+    index.remove(0, b"a")
+    assert view.children(0, b"") == [entry(0, b"a", 1)]
+    index.commit()
+    assert view.children(0, b"") == view.children(0, b"a") == []
+    view.close()
+    index.close()

@@ -99,6 +99,21 @@ def test_a_barrier_is_passed_when_all_before_it_is_settled() -> None:
     assert dirty.count() == 2
 
 
+def test_what_waits_and_what_is_in_flight_is_held() -> None:
+    dirty = DirtySet()
+    asked = [(0, b"a"), (0, b"a/x"), (0, b"b"), (0, b"b/y/z"), (0, b"bc"), (1, b"a"), (0, b"")]
+    assert dirty.held(asked) == set()
+    dirty.mark([hint(b"a", Kind.ATTRIBUTES), hint(b"b", Kind.RESCAN | Kind.CREATED)], 1.0)
+    held = {(0, b"a"), (0, b"b"), (0, b"b/y/z")}
+    assert dirty.held(asked) == held
+    taken = dirty.take(10)
+    assert dirty.held(asked) == held
+    dirty.mark([hint(b"", Kind.RESCAN, root=1)], 2.0)
+    assert dirty.held(asked) == held | {(1, b"a")}
+    dirty.settle(taken)
+    assert dirty.held(asked) == {(1, b"a")}
+
+
 def test_dirty_ancestors_come_first() -> None:
     dirty = DirtySet()
     dirty.mark([hint(b"d/e/f"), hint(b"x"), hint(b"d"), hint(b""), hint(b"d", root=1)], 1.0)

@@ -14,7 +14,7 @@ from msgspec.structs import replace
 from farshore.errors import UnsafePath
 from farshore.fmm import FileKind, Observed, Root
 from farshore.fmm.patterns import Filter
-from farshore.fmm.scanner import list_directory, observe, open_beneath, walk
+from farshore.fmm.scanner import list_directory, observe, observe_directory, open_beneath, walk
 
 ALL = Filter(Root(b"/"))
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
@@ -208,6 +208,27 @@ def test_walk_and_list_obey_the_filter(top: bytes) -> None:
         list(list_directory(top, b"no", chosen))
     with pytest.raises(NotADirectoryError):
         list(list_directory(top, b"a/f", chosen))
+
+
+def test_a_directory_is_observed_by_itself(top: bytes) -> None:
+    os.makedirs(top + b"/d/e/f")
+    for name in (b"d/a", b"d/b.tmp", b"d/e/c", b"d/.farshore-x"):
+        open(top + b"/" + name, "w").close()
+    os.symlink(b"e", top + b"/d/link")
+    patterns = Filter(Root(top, exclude=("*.tmp",)))
+
+    def observed(path: bytes) -> list[tuple[int, bytes, FileKind]]:
+        found = observe_directory(top, 3, path, patterns, fail)
+        return sorted((each.root, each.path, each.kind) for each in found)
+
+    assert observed(b"d") == [
+        (3, b"d/a", FileKind.FILE),
+        (3, b"d/e", FileKind.DIRECTORY),
+        (3, b"d/link", FileKind.SYMLINK),
+    ]
+    assert observed(b"") == [(3, b"d", FileKind.DIRECTORY)]
+    # Neither what is gone, nor what is no directory, nor what a link leads to holds anything.
+    assert observed(b"gone") == observed(b"d/a") == observed(b"d/link") == []
 
 
 def test_walk_deeper_than_a_path_may_be_long(top: bytes) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 
 import msgspec
 
-from farshore.cli import daemon
+from farshore.cli import daemon, verify
 from farshore.control import api, client
 from farshore.errors import PeerUnreachable
 
@@ -73,6 +73,8 @@ def _describe(answer: api.Answer) -> Iterable[str]:
         yield from _table(rows)
         for group in answer.groups.values():
             yield from _held(group, "")
+            if group.verification is not None:
+                yield f"  verified {group.group}: {_verification(group.verification)}"
             for problem in group.problems:
                 yield f"  ! {group.group}: {problem}"
     elif isinstance(answer, api.MonitorStatus):
@@ -102,6 +104,19 @@ def _held(group: api.GroupStatus, where: str) -> Iterable[str]:
     if group.state == "rejected":
         choice = f"'farshore approve {group.group}', or a change of the owner"
     yield f"       {choice}{where} ends it; see docs/brake.md"
+
+
+def _verification(status: api.VerificationStatus) -> str:
+    parts = []
+    if status.run:
+        parts.append(f"{status.phase} now, {status.paths} paths done")
+    if status.last is not None:
+        parts.append(f"{_duration(max(0.0, time.time() - status.last.ended))} ago, {verify.verdict(status.last)}")
+    elif not status.run:
+        parts.append("never")
+    if status.due is not None and not status.run:
+        parts.append(f"next in {_duration(max(0.0, status.due - time.time()))}")
+    return "; ".join(parts)
 
 
 def _table(rows: Sequence[Sequence[str]]) -> Iterable[str]:

@@ -95,6 +95,22 @@ class Reject(_Message, frozen=True, tag="reject"):
     group: str
 
 
+class Verify(_Message, frozen=True, tag="verify"):
+    """Begin to compare source, index and replica of ``group`` ("" means all); the owner answers Done at once.
+
+    How far it is, and what came out, is told by the group's status. ``contents``: also what the files hold; ``repair``:
+    what differs on the replica is sent anew; ``from_source``: so is what changed on the source without a trace, which
+    may be damage. ``rate`` is in bytes/s, 0: as fast as it goes, None: as configured. One that is under way with the
+    same options is joined.
+    """
+
+    group: str = ""
+    contents: bool = True
+    repair: bool = True
+    from_source: bool = False
+    rate: float | None = None
+
+
 # --- requests to the monitor ---------------------------------------------------------------------
 
 
@@ -105,9 +121,67 @@ class Wish(_Message, frozen=True, tag="wish"):
     want: Literal["failover", "failback", "recover", "none"]
 
 
-Request = StatusRequest | SetOwner | Freeze | Thaw | Flush | Pause | Resume | Approve | Reject | Wish
+Request = StatusRequest | SetOwner | Freeze | Thaw | Flush | Pause | Resume | Approve | Reject | Verify | Wish
 
 # --- answers -------------------------------------------------------------------------------------
+
+
+class Drift(msgspec.Struct, frozen=True):
+    """A path at which something differed.
+
+    ``finding``: "replica" (it lost or changed what it had acknowledged), "index" (source and replica agreed, the
+    index was wrong), "unseen" (the source had changed, and no event had told), "untraced" (the source's content
+    changed, and nothing else of the file: damage, perhaps). ``differences`` says what of it, in words. ``repaired``:
+    now all three say the same.
+    """
+
+    path: str
+    finding: str
+    differences: list[str]
+    repaired: bool
+
+
+class VerificationReport(msgspec.Struct, frozen=True):
+    """A verification that has ended. Times in seconds since 1970, sizes in bytes.
+
+    ``result``: "clean", "repaired", "drift" (something is not repaired) or "failed" with the ``reason``. ``findings``
+    counts paths by finding, ``unrepaired`` those that differ still, ``busy`` those that could not be compared, as they
+    changed all the time or cannot be read on the source, ``withheld`` those that cannot be replicated, as ``problems``
+    tell. ``drifts`` names the first of them.
+    """
+
+    run: str
+    scheduled: bool
+    contents: bool
+    started: float
+    ended: float
+    result: str
+    reason: str
+    paths: int
+    read_source: int
+    read_replica: int
+    findings: dict[str, int]
+    unrepaired: int
+    busy: int
+    withheld: int
+    drifts: list[Drift]
+
+
+class VerificationStatus(msgspec.Struct, frozen=True):
+    """Verifications of a group on its owner. ``run`` is the one under way, "" when there is none.
+
+    ``phase``: "waiting", "reading", "comparing", "repairing". ``paths`` and the bytes read are what it has come to;
+    ``due`` is when the next one starts by itself, None: never.
+    """
+
+    run: str
+    phase: str
+    started: float
+    paths: int
+    read_source: int
+    read_replica: int
+    due: float | None
+    last: VerificationReport | None
 
 
 class GroupStatus(msgspec.Struct, frozen=True):
@@ -145,6 +219,7 @@ class GroupStatus(msgspec.Struct, frozen=True):
     held: str = ""
     held_transactions: int = 0
     held_since: float = 0.0
+    verification: VerificationStatus | None = None
 
 
 class NodeStatus(_Message, frozen=True, tag="node-status"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import math
 import os
 import signal
 import sys
@@ -136,6 +137,11 @@ class Node:
             case api.Flush(group=name, timeout=timeout, durable=durable):
                 chosen = self._owned(name)
                 return api.Done("; ".join(await asyncio.gather(*(group.flush(timeout, durable) for group in chosen))))
+            case api.Verify(group=name, contents=contents, repair=repair, from_source=from_source, rate=rate):
+                if rate is not None and not 0 <= rate < math.inf:
+                    raise UsageError(f"a rate of {rate} bytes/s is not allowed; 0 is unlimited")
+                runs = [group.verify(contents, repair, from_source, rate) for group in self._owned(name)]
+                return api.Done(" ".join(runs))
             case api.Pause(group=name):
                 return api.Done("; ".join([await group.pause() for group in self._owned(name)]))
             case api.Resume(group=name):

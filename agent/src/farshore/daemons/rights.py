@@ -22,6 +22,7 @@ NODE: dict[type[api.Request], frozenset[Party]] = {
     api.Freeze: frozenset({"local", "gateway"}),
     api.Thaw: frozenset({"local", "gateway"}),
     api.Flush: frozenset({"local", "gateway"}),
+    api.Verify: frozenset({"local", "gateway"}),
     api.Pause: frozenset({"local"}),
     api.Resume: frozenset({"local"}),
     api.Approve: frozenset({"local"}),

@@ -24,6 +24,7 @@ from farshore.dbm.messages import Hello, Refused, Welcome
 from farshore.dbm.record import Record, load, store
 from farshore.dbm.replica.guard import Guard
 from farshore.dbm.sender import Sender
+from farshore.dbm.verify.verifier import Verifier
 from farshore.errors import FarshoreError, NotInTime, StaleEpoch
 from farshore.fmm.dirty import DirtySet
 from farshore.fmm.factory import make_watcher
@@ -154,6 +155,15 @@ class Group:
             self.config.compress,
         )
         roots = [root for _, root in self._roots]
+        self._sender.verifier = Verifier(
+            self.name,
+            self._record.epoch,
+            roots,
+            self._state,
+            self.config.verify,
+            self._events_are_marked,
+            lambda: self._feed is not None and self._feed.watching and not self._paused,
+        )
         self._feed = Feed(lambda: make_watcher("auto", roots), self._dirty, self._sender.wake)
         self._feed.start()
         self._sender_task = asyncio.create_task(self._sender.run(), name=f"send {self.name}")
@@ -174,6 +184,8 @@ class Group:
         feed, self._feed = self._feed, None
         if feed is not None:
             await asyncio.to_thread(feed.close)
+        if self._sender is not None and self._sender.verifier is not None:
+            self._sender.verifier.close()
         self._sender = None
         self._paused = False
 
@@ -361,6 +373,17 @@ class Group:
         left = max(0.05, timeout - (time.monotonic() - started))
         await sender.wait_durable(mark, left, applied=not durable)
         return f"all of {self.name} is durable on {self.config.peer.node}"
+
+    def verify(self, contents: bool, repair: bool, from_source: bool, rate: float | None) -> str:
+        """Begin a verification, or join the one that is under way; raises NotOwner, or UnderWay for another one."""
+        if self._sender is None or self._sender.verifier is None:
+            raise NotOwner(self.name, self._record.owner, self.config.side)
+        return self._sender.verifier.request(contents, repair, from_source, rate)
+
+    async def _events_are_marked(self) -> None:
+        """Return when all that changed before the call is marked dirty."""
+        if self._feed is not None:
+            await self._barrier(self._feed)
 
     @staticmethod
     async def _barrier(feed: Feed) -> int:
@@ -601,6 +624,7 @@ class Group:
             held=held.reason if held is not None else "",
             held_transactions=applier.waiting if applier is not None and held is not None else 0,
             held_since=held.since if held is not None else 0.0,
+            verification=sender.verifier.status() if sender is not None and sender.verifier is not None else None,
         )
 
     def _in_step(self) -> bool:

@@ -49,6 +49,7 @@ _LIKE = (
     f"AND kind={int(FileKind.FILE)} AND digest=?"
 )
 _SIZE = f"SELECT 1 FROM entries WHERE size=? AND size>{INLINE_MAX} AND kind={int(FileKind.FILE)} LIMIT 1"  # noqa: S608
+_LISTED = f"SELECT name, {_COLUMNS} FROM entries WHERE root=? AND parent=?"  # noqa: S608
 _ALL = f"SELECT root, parent, name, {_COLUMNS} FROM entries ORDER BY root, parent, name"  # noqa: S608
 #: Where the root itself is filed: no directory has this path.
 _ABOVE_ROOT = b"/"
@@ -378,6 +379,32 @@ class Index:
     def __iter__(self) -> Iterator[Known]:
         for root, parent, name, *row in self._db.execute(_ALL):
             yield _known(root, _joined(parent, name), row)
+
+
+class IndexView:
+    """What an index holds in its committed state, for reading beside its user: each call sees the state of its moment.
+
+    For one thread. Raises StateError when the index cannot be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self._db = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, check_same_thread=False)
+        except sqlite3.Error as error:
+            raise StateError(str(path), f"the index is not readable: {error}") from error
+        self._path = path
+
+    def close(self) -> None:
+        """Close the file."""
+        self._db.close()
+
+    def children(self, root: int, path: bytes) -> list[Known]:
+        """What is known of all that lies directly in a directory."""
+        try:
+            rows = self._db.execute(_LISTED, (root, path)).fetchall()
+        except sqlite3.Error as error:
+            raise StateError(str(self._path), f"the index is not readable: {error}") from error
+        return [_known(root, _joined(path, name), row) for name, *row in rows]
 
 
 def _below(path: bytes) -> list[tuple[str, tuple[bytes, ...]]]:

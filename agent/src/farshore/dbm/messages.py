@@ -16,6 +16,9 @@ import msgspec
 INLINE_MAX = 64 << 10
 #: Uploads that may be open at once, until a Patch puts them into place or a Drop ends them.
 MAX_UPLOADS = 16
+#: Paths that one Look may name, and questions of a verification that may be unanswered at once.
+MAX_LOOK = 100
+MAX_QUESTIONS = 64
 
 
 class _Message(msgspec.Struct, frozen=True, tag_field="t", array_like=True, forbid_unknown_fields=True):
@@ -202,6 +205,42 @@ class Commit(_Message, frozen=True, tag="commit"):
     more: bool = False
 
 
+class Survey(_Message, frozen=True, tag="survey"):
+    """Go over the whole tree, beside all other work, so that questions for digests can be answered.
+
+    ``run`` names the verification: what was read for it before is not read again. ``contents``: with the files'
+    contents, read at ``rate`` bytes/s at most (0: as fast as it goes). Told of by Surveyed.
+    """
+
+    run: bytes
+    contents: bool
+    rate: float
+
+
+class EndSurvey(_Message, frozen=True, tag="survey-end"):
+    """The verification is over: what was remembered for it can be forgotten."""
+
+
+class WantDigests(_Message, frozen=True, tag="digests?"):
+    """What are the digests of what lies in the directory ``path``? Answered by Digests, in no order with other answers.
+
+    ``bucket``: -1, or only the names of this bucket (see ``dbm.verify.digests``).
+    """
+
+    number: int
+    root: int
+    path: bytes
+    bucket: int
+
+
+class Look(_Message, frozen=True, tag="look?"):
+    """What is at these paths after all transactions before this frame? At most MAX_LOOK; answered by Seen."""
+
+    number: int
+    root: int
+    paths: list[bytes]
+
+
 class InStep(_Message, frozen=True, tag="in-step"):
     """Since the last full comparison, the replica has received everything."""
 
@@ -220,6 +259,10 @@ FromSource = (
     | Drop
     | Commit
     | InStep
+    | Survey
+    | EndSurvey
+    | WantDigests
+    | Look
     | Ping
     | MakeDir
     | Put
@@ -342,8 +385,69 @@ class Uploaded(_Message, frozen=True, tag="uploaded"):
     upload: int
 
 
+class Surveyed(_Message, frozen=True, tag="surveyed"):
+    """How far the survey for ``run`` is: told every few seconds, and when it is ``done``.
+
+    ``paths`` were seen and ``read`` bytes of content read since the question. ``roots`` has, at the end, the digest of
+    all below each root. With a ``problem``, nothing more will be answered for this run.
+    """
+
+    run: bytes
+    paths: int
+    read: int
+    done: bool
+    roots: list[bytes]
+    problem: str
+
+
+class Item(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """A name in a directory: the digest of what it names, and for a directory also of all ``below`` it."""
+
+    name: bytes
+    own: bytes
+    below: bytes | None
+
+
+class Digests(_Message, frozen=True, tag="digests"):
+    """A part of the answer to WantDigests ``number``; with ``buckets``, each name is one byte, the number of a bucket.
+
+    A directory that is not there has nothing in it.
+    """
+
+    number: int
+    buckets: bool
+    items: list[Item]
+    last: bool
+
+
+class Seen(_Message, frozen=True, tag="seen"):
+    """A part of the answer to Look ``number``: what is there, with the digests of files that could be read.
+
+    ``read``: bytes of content that were read since the survey began.
+    """
+
+    number: int
+    entries: list[Entry]
+    read: int
+    last: bool
+
+
 class Pong(_Message, frozen=True, tag="pong"):
     """I am here."""
 
 
-FromReplica = Welcome | Refused | Ack | Applied | Nak | Entries | SignaturePart | NoSignature | Uploaded | Pong
+FromReplica = (
+    Welcome
+    | Refused
+    | Ack
+    | Applied
+    | Nak
+    | Entries
+    | SignaturePart
+    | NoSignature
+    | Uploaded
+    | Surveyed
+    | Digests
+    | Seen
+    | Pong
+)

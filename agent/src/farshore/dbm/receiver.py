@@ -24,12 +24,14 @@ from farshore.dbm.messages import (
     Chunk,
     Commit,
     Drop,
+    EndSurvey,
     Entries,
     Entry,
     FromSource,
     Hello,
     InStep,
     ListTree,
+    Look,
     Nak,
     NoSignature,
     Patch,
@@ -38,7 +40,9 @@ from farshore.dbm.messages import (
     Put,
     Refused,
     SignaturePart,
+    Survey,
     Uploaded,
+    WantDigests,
     WantSignature,
 )
 from farshore.dbm.messages import Upload as UploadFrame
@@ -46,6 +50,7 @@ from farshore.dbm.replica.commit import Applier, Listener, refusal
 from farshore.dbm.replica.intake import Inbox, Switch
 from farshore.dbm.replica.paths import MAX_PATH
 from farshore.dbm.replica.staging import Item, Stager, metadata_size
+from farshore.dbm.replica.survey import Surveys
 from farshore.dbm.replica.upload import Upload, Uploader
 from farshore.errors import ProtocolError, StaleEpoch, UnsafePath
 from farshore.log import Log
@@ -168,6 +173,7 @@ class _Session(Listener):
         self._uploader = Uploader(
             self._chunks, self._switch, self._upload_failed, self._upload_complete, self._drop, self._fail
         )
+        self._surveys = Surveys(applier, self._tell, self._fail)
         #: The uploads that the source can still speak of, by their number.
         self._open: dict[int, Upload] = {}
         #: All whose last chunk has arrived, of these.
@@ -220,6 +226,7 @@ class _Session(Listener):
         self._chunks.end()
         self._applier.stop_reading()
         self._applier.forget_calls()
+        self._surveys.end()
         if not self._failure.done():
             self._failure.cancel()
         elif not self._failure.cancelled():
@@ -268,8 +275,11 @@ class _Session(Listener):
     def _sort(self, message: FromSource, body: bytes) -> bool:
         """Put a message in its queue; False when it is a question, which is answered before anything else is read."""
         kind = type(message)
-        if kind is Ping or kind is ListTree or kind is WantSignature:
+        if kind is Ping or kind is ListTree or kind is WantSignature or kind is Look:
             return False
+        if isinstance(message, (Survey, EndSurvey, WantDigests)):
+            self._surveys.take(message)
+            return True
         if self._refused:
             return True
         if kind is Put:
@@ -427,6 +437,10 @@ class _Session(Listener):
         """In the worker: an operation was left out."""
         self._loop.call_soon_threadsafe(self._answered, [nak])
 
+    def _tell(self, message: object) -> None:
+        """From any thread: send ``message`` soon."""
+        self._loop.call_soon_threadsafe(self._outbox.put, message)
+
     def _fail(self, error: BaseException) -> None:
         """From any thread: the connection cannot go on."""
 
@@ -448,6 +462,8 @@ class _Session(Listener):
             await self._send_entries(self._applier.entries(message.digests))
         elif isinstance(message, WantSignature):
             await self._send_signature(message.root, message.path)
+        elif isinstance(message, Look):
+            (await self._work(Pong(), self._surveys.look, message))()
 
     async def _settled(self) -> bool:
         """Wait until all that came is applied; False when something was refused."""

@@ -16,7 +16,7 @@ import sqlite3
 import ssl
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
@@ -34,6 +34,7 @@ from farshore.dbm.index import LINEAGE, SEQ, Index, IndexDamaged, Known, clamp_t
 from farshore.dbm.messages import (
     Ack,
     Applied,
+    Digests,
     Entries,
     Entry,
     FromReplica,
@@ -45,7 +46,9 @@ from farshore.dbm.messages import (
     Ping,
     Pong,
     Refused,
+    Seen,
     SignaturePart,
+    Surveyed,
     Uploaded,
     WantSignature,
     Welcome,
@@ -53,6 +56,7 @@ from farshore.dbm.messages import (
 from farshore.dbm.planner import MAX_OPERATIONS, MAX_PATH, Planned, Planner, dirty_everything
 from farshore.dbm.replica import paths
 from farshore.dbm.uploads import Uploads
+from farshore.dbm.verify.verifier import Verifier
 from farshore.dbm.work import Batch, Job, Work
 from farshore.errors import (
     FarshoreError,
@@ -248,6 +252,8 @@ class Sender:
         self.stalled = ""
         self._sent_before = 0
         self.replica_problems: dict[str, None] = {}
+        #: Verifies over our connection, when it is given.
+        self.verifier: Verifier | None = None
 
     # --- for other threads and rooms
 
@@ -448,9 +454,10 @@ class Sender:
         self._answers = asyncio.Queue()
         self._uploads = Uploads([root for _, root in self._roots], self, welcome.uploads)
         _log.info("replicating", group=self._group, to=self._peer.node, epoch=self._epoch)
-        await _until_one_ends(
-            self._listen(inbox, index, planner), self._follow(index, planner), self._uploads.run(), self._mind()
-        )
+        parts = [self._listen(inbox, index, planner), self._follow(index, planner), self._uploads.run(), self._mind()]
+        if self.verifier is not None:
+            parts.append(self.verifier.session(self))
+        await _until_one_ends(*parts)
 
     async def _handshake(self, reader: asyncio.StreamReader) -> Welcome:
         try:
@@ -723,6 +730,8 @@ class Sender:
                 case Uploaded(upload=number):
                     if self._uploads is not None:
                         self._uploads.uploaded(number)
+                case Surveyed() | Digests() | Seen() if self.verifier is not None:
+                    self.verifier.answered(message)
                 case Pong():
                     pass
                 case _:
@@ -774,6 +783,47 @@ class Sender:
                 raise StaleEpoch(self._group, self._epoch, message.epoch)
             raise PeerRefused(self._peer.node, message.reason)
         return message
+
+    # --- what a verification needs
+
+    @property
+    def comparable(self) -> bool:
+        """True when the index tells what the replica has, and everything that is protected is there."""
+        return self.connected and self.compared and not self.comparing and not self._absent()
+
+    async def with_index(self, call: Callable[[Index, Planner], _T]) -> _T:
+        """Have ``call`` done in the worker, with the index as it will be when all that was sent has come through."""
+        index, planner = self._index, self._planner
+        if index is None or planner is None:
+            raise PeerUnreachable(self._peer.node, "the connection is closed")
+        return await self._in_worker(call, index, planner)
+
+    def known(self, entry: Entry) -> Known:
+        """What the index is to say of what the replica has told; raises ProtocolError."""
+        return self._known(entry)
+
+    def held(self, paths: Iterable[tuple[int, bytes]]) -> set[tuple[int, bytes]]:
+        """Which of the paths are dirty, or on their way."""
+        return self._dirty.held(paths)
+
+    def doubt(self, hints: Sequence[Hint], changed: int) -> int:
+        """So many entries of the index were changed, and these paths are to be looked at; returns a mark number."""
+        if not self._flights and not self._uncommitted:
+            self._committed_at = time.monotonic()
+        self._uncommitted += changed
+        self._dirty.mark(hints, time.monotonic())
+        self._wake.set()
+        return self._dirty.next_mark()
+
+    async def wait_settled(self, mark: int) -> None:
+        """Return when all that was marked below ``mark`` is durable on the replica."""
+
+        def done() -> bool:
+            lowest = self._dirty.lowest_mark()
+            return lowest is None or lowest >= mark
+
+        async with self._progress:
+            await self._progress.wait_for(done)
 
     # --- what uploads need
 

@@ -140,6 +140,17 @@ class DirtySet:
         with self._changed:
             return len(self._alive)
 
+    def held(self, paths: Iterable[_Key]) -> set[_Key]:
+        """Which of ``paths`` wait or are in flight, themselves or by the rescan of a directory above."""
+        with self._changed:
+            exact = set(self._dirty)
+            above = {key for key, entry in self._dirty.items() if entry.bits & Kind.RESCAN.value}
+            for item in self._flight.values():
+                exact.add((item.root, item.path))
+                if Kind.RESCAN in item.kind:
+                    above.add((item.root, item.path))
+        return {key for key in paths if key in exact or (above and _lies_in(key, above))}
+
     def waiting(self) -> int:
         """How many paths wait."""
         with self._changed:
@@ -208,3 +219,12 @@ class DirtySet:
         item = Dirty(key[0], key[1], Kind(entry.bits), entry.since, entry.mark_no, entry.inodes)
         self._flight[item.mark_no] = item
         return item
+
+
+def _lies_in(key: _Key, directories: set[_Key]) -> bool:
+    root, path = key
+    while (root, path) not in directories:
+        if not path:
+            return False
+        path = path.rpartition(b"/")[0]
+    return True

@@ -217,6 +217,34 @@ def walk(
             os.close(fd)
 
 
+def observe_directory(
+    root_path: bytes | int,
+    root: int,
+    path: bytes,
+    filter: Filter,
+    on_problem: Callable[[bytes, OSError], None],
+) -> Iterator[Observed]:
+    """Everything that ``filter`` allows directly in one directory, which may be gone: then that is nothing.
+
+    Problems are told of as ``walk`` does.
+    """
+    try:
+        fd = open_beneath(root_path, path, _DIRECTORY)
+    except OSError as error:
+        if error.errno not in ABSENT:
+            on_problem(path, error)
+        return
+    try:
+        for name, _ in _names(fd, path, filter):
+            found = _observe_in(fd, name, root, path + b"/" + name if path else name, on_problem)
+            if found is not None:
+                yield found
+    except OSError as error:
+        on_problem(path, error)
+    finally:
+        os.close(fd)
+
+
 def _open_root(root: bytes | int, flags: int) -> int:
     if isinstance(root, int):
         return os.open(b".", flags & ~os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=root)

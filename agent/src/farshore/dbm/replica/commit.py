@@ -175,9 +175,10 @@ class Applier:
         now_ns: Callable[[], int] = time.time_ns,
         guard: Guard | None = None,
     ) -> None:
+        self.state = state
+        self.roots = [root for _, root in roots]
         self.names = [name for name, _ in roots]
         self.trees = [Tree(root.path, root) for _, root in roots]
-        self._state = state
         self._now_ns = now_ns
         #: Asked before each transaction is applied; None: nobody is.
         self.guard = guard
@@ -461,7 +462,7 @@ class Applier:
 
     def _check_room(self, size: int) -> None:
         """Raises OSError when what is accepted could not be applied for lack of room."""
-        places = {os.fsencode(self._state), *(os.path.dirname(tree.root) for tree in self.trees)}
+        places = {os.fsencode(self.state), *(os.path.dirname(tree.root) for tree in self.trees)}
         places |= {tree.root for tree in self.trees if os.path.isdir(tree.root)}
         for place in places:
             status = os.statvfs(place)
@@ -506,11 +507,11 @@ class Applier:
         """Apply all that was accepted and belongs to a complete state; raises StateError when that cannot be done."""
         self.work()
         if self.stalled:
-            raise StateError(self._state, f"what was received cannot be applied: {self.stalled}")
+            raise StateError(self.state, f"what was received cannot be applied: {self.stalled}")
         try:
             self.checkpoint()
         except OSError as error:
-            raise StateError(self._state, error.strerror or str(error)) from error
+            raise StateError(self.state, error.strerror or str(error)) from error
 
     def approve(self) -> Held | None:
         """Apply what is held, or, if it was rejected, drop it and have the source compare everything; returns it.
@@ -534,7 +535,7 @@ class Applier:
         if not count:
             return None
         self.checkpoint()
-        place = self._state / f"aside-journal-{self._now_ns() // 10**9}"
+        place = self.state / f"aside-journal-{self._now_ns() // 10**9}"
         self._journal.set_aside(place)
         with self._lock:
             self._waiting.clear()
@@ -729,11 +730,11 @@ class Applier:
     def _stall(self, error: OSError) -> None:
         """Applying stopped; it is tried again."""
         if error.errno in _FULL and self.history.make_room(RESERVE_BYTES * 4):
-            _log.warning("the disk is full; the oldest history is gone", state=str(self._state))
-        where = error.filename or self._state
+            _log.warning("the disk is full; the oldest history is gone", state=str(self.state))
+        where = error.filename or self.state
         reason = f"{os.fsdecode(where) if isinstance(where, bytes) else where}: {error.strerror or error}"
         if reason != self.stalled:
-            _log.error("nothing can be applied", state=str(self._state), reason=reason)
+            _log.error("nothing can be applied", state=str(self.state), reason=reason)
         self.stalled = reason
         self._tell()
 
@@ -1006,15 +1007,15 @@ class Applier:
             self._store_doubts()
 
     def _store_doubts(self) -> None:
-        durable.write(self._state / "doubts", msgspec.msgpack.encode(list(self._doubts)))
+        durable.write(self.state / "doubts", msgspec.msgpack.encode(list(self._doubts)))
 
     def _load_doubts(self) -> list[tuple[int, bytes]]:
         try:
-            return msgspec.msgpack.decode((self._state / "doubts").read_bytes(), type=list[tuple[int, bytes]])
+            return msgspec.msgpack.decode((self.state / "doubts").read_bytes(), type=list[tuple[int, bytes]])
         except FileNotFoundError:
             return []
         except (OSError, msgspec.MsgspecError) as error:
-            self.diverged = f"{self._state / 'doubts'}: {error}"
+            self.diverged = f"{self.state / 'doubts'}: {error}"
             return []
 
     # --- how
