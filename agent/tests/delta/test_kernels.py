@@ -110,7 +110,7 @@ def test_the_tree_over_any_number_of_leaves(seeds: list[int]) -> None:
         both = np.array([*root(rows[:left], 0), *root(rows[left:], 0)], np.uint32).tobytes()
         return reference.compress(reference.IV, both, 0, reference.PARENT | flags)
 
-    lanes = np.zeros(16, np.int64)
+    lanes = np.zeros(2 * LANES, np.int64)
     for flags in (0, reference.ROOT):
         cvs = np.concatenate([leaves, np.zeros((LANES, 8), np.uint32)])
         if flags:

@@ -43,7 +43,11 @@ _PARENT = 4
 _ROOT = 8
 
 # Blocks that are hashed together: enough to fill the lanes at every level of their trees.
-GROUP = 8
+GROUP = LANES
+
+# While chunks are hashed, what lies so many bytes behind them is fetched from memory: the processor
+# does not foresee that many rows. More than this no longer finds room in a first cache of 32 KiB.
+_AHEAD = 16 << 10
 
 # Most positions that are summed before any of them is looked up. The first batch after a match is
 # shorter, and each that finds nothing is followed by one of twice the length.
@@ -110,7 +114,7 @@ class Scratch(NamedTuple):
 
 
 def make_scratch(block_size: int) -> Scratch:
-    """Return working memory for blocks of `block_size` bytes: 256 bytes for each KiB of it."""
+    """Return working memory for blocks of `block_size` bytes: 32 * GROUP bytes for each KiB of it."""
     return Scratch(
         lanes=np.zeros(2 * LANES, np.int64),
         cvs=np.zeros((GROUP * block_size // CHUNK + LANES, 8), np.uint32),
@@ -173,62 +177,63 @@ def weak_sum(data: Array, start: int, length: int) -> int:
 # Strong hashes
 
 
-@_kernel(_types.void, _int64, _Longs, _int64, _int64, _int64, _int64, _int64, _int64)
+# Between these functions go addresses: numba counts the references of each array that is handed on, which costs more
+# than some of them do. `table` is that of a Scratch's `lanes`, and `rows` that of the first of some CVs.
+
+
+@_kernel(_types.void, _int64, _int64, _int64, _int64, _int64, _int64, _int64, _int64)
 def _hash_rows(
-    data: int, lanes: Array, blocks: int, last: int, flags: int, first_flags: int, last_flags: int, out: int
+    table: int, blocks: int, last: int, flags: int, first_flags: int, last_flags: int, ahead: int, out: int
 ) -> None:
     """Call the vectors' function of that name, so that its machine code is there once."""
-    vectors.hash_rows(data, lanes, blocks, last, flags, first_flags, last_flags, out)
+    vectors.hash_rows(table, blocks, last, flags, first_flags, last_flags, ahead, out)
 
 
-@_kernel(_types.void, _Bytes, _Longs, _Cvs, _int64)
-def _hash_chunks(data: Array, lanes: Array, cvs: Array, row: int) -> None:
-    """Write the CVs of LANES full chunks to the rows of `cvs` from `row` on."""
-    _hash_rows(data.ctypes.data, lanes, _CHUNK_BLOCKS, 64, 0, _CHUNK_START, _CHUNK_END, cvs.ctypes.data + (row << 5))
+@_kernel(_types.void, _int64, _int64)
+def _hash_chunks(table: int, out: int) -> None:
+    """Write the CVs of LANES full chunks to the address `out`."""
+    _hash_rows(table, _CHUNK_BLOCKS, 64, 0, _CHUNK_START, _CHUNK_END, _AHEAD, out)
 
 
-@_kernel(_types.void, _Cvs, _int64, _Cvs, _int64)
-def _copy_row(source: Array, row: int, target: Array, to: int) -> None:
-    for word in range(8):
-        target[to, word] = source[row, word]
-
-
-@_kernel(_int64, _Cvs, _int64, _Longs, _int64)
-def _parents(cvs: Array, count: int, lanes: Array, flags: int) -> int:
+@_kernel(_int64, _int64, _int64, _int64, _int64)
+def _parents(rows: int, count: int, table: int, flags: int) -> int:
     """Replace the first `count` CVs by those of their parents; return how many these are.
 
     An odd one at the end is promoted as it is. Repeated, this gives the tree of BLAKE3, for
     there, too, the left side is always a complete tree.
     """
     pairs = count >> 1
-    data = cvs.ctypes.data
     # The spare rows that the last group of lanes writes may lie over the one to be promoted.
-    spare = count + LANES - 1
+    spare = rows + ((count + LANES - 1) << 5)
     if count & 1:
-        _copy_row(cvs, count - 1, cvs, spare)
-    for lane in range(LANES):
-        lanes[LANES + lane] = 0
+        vectors.copy_row(rows + ((count - 1) << 5), spare)
+    last = rows + ((pairs - 1) << 6)
     for first in range(0, pairs, LANES):
-        for lane in range(LANES):
-            lanes[lane] = min(first + lane, pairs - 1) << 6
-        _hash_rows(data, lanes, 1, 64, flags, 0, 0, data + (first << 5))
+        vectors.set_rows(table, rows + (first << 6), 64, last, 0, 0)
+        _hash_rows(table, 1, 64, flags, 0, 0, 0, rows + (first << 5))
     if count & 1:
-        _copy_row(cvs, spare, cvs, pairs)
+        vectors.copy_row(spare, rows + (pairs << 5))
     return (count + 1) >> 1
+
+
+@_kernel(_types.void, _int64, _int64, _int64, _int64)
+def _reduce(rows: int, count: int, wanted: int, table: int) -> None:
+    while count > wanted:
+        count = _parents(rows, count, table, _PARENT)
 
 
 @_kernel(_types.void, _Cvs, _int64, _int64, _Longs)
 def reduce_cvs(cvs: Array, count: int, wanted: int, lanes: Array) -> None:
     """Replace `count` CVs by those of the `wanted` (1 or 2) subtrees at the top of their tree."""
-    while count > wanted:
-        count = _parents(cvs, count, lanes, _PARENT)
+    _reduce(cvs.ctypes.data, count, wanted, lanes.ctypes.data)
 
 
 @_kernel(_types.void, _Cvs, _int64, _Longs)
 def root_cv(cvs: Array, count: int, lanes: Array) -> None:
     """Replace `count` CVs, 2 or more, by the root of their tree: cvs[0] is then the digest."""
-    reduce_cvs(cvs, count, 2, lanes)
-    _parents(cvs, 2, lanes, _PARENT | _ROOT)
+    rows, table = cvs.ctypes.data, lanes.ctypes.data
+    _reduce(rows, count, 2, table)
+    _parents(rows, 2, table, _PARENT | _ROOT)
 
 
 @_kernel(_types.void, _Bytes, _int64, _int64, _Scratch)
@@ -238,44 +243,50 @@ def hash_blocks(data: Array, count: int, shift: int, scratch: Scratch) -> None:
     Block i begins at scratch.starts[i] of `data` and is hashed as block number scratch.numbers[i]
     of its content.
     """
-    lanes = scratch.lanes
+    starts, numbers, lanes = scratch.starts, scratch.numbers, scratch.lanes
+    content, table, rows = data.ctypes.data, lanes.ctypes.data, scratch.cvs.ctypes.data
     chunks = count << shift
     inner = (1 << shift) - 1
     for first in range(0, chunks, LANES):
         for lane in range(LANES):
             chunk = min(first + lane, chunks - 1)
-            lanes[lane] = scratch.starts[chunk >> shift] + ((chunk & inner) << CHUNK_SHIFT)
-            lanes[LANES + lane] = (scratch.numbers[chunk >> shift] << shift) + (chunk & inner)
-        _hash_chunks(data, lanes, scratch.cvs, first)
+            lanes[lane] = content + starts[chunk >> shift] + ((chunk & inner) << CHUNK_SHIFT)
+            lanes[LANES + lane] = (numbers[chunk >> shift] << shift) + (chunk & inner)
+        _hash_chunks(table, rows + (first << 5))
     for _ in range(shift):
-        chunks = _parents(scratch.cvs, chunks, lanes, _PARENT)
+        chunks = _parents(rows, chunks, table, _PARENT)
+
+
+@_kernel(_types.void, _int64, _int64, _int64, _int64, _int64, _int64)
+def _hash_partial(start: int, length: int, first_chunk: int, edge: int, rows: int, table: int) -> None:
+    """As `hash_partial`, the last chunk being at the address `edge` if it is not full."""
+    full = length >> CHUNK_SHIFT
+    chunks = full
+    last = start + ((full - 1) << CHUNK_SHIFT)
+    for first in range(0, full, LANES):
+        vectors.set_rows(table, start + (first << CHUNK_SHIFT), CHUNK, last, first_chunk + first, 1)
+        _hash_chunks(table, rows + (first << 5))
+    rest = length & (CHUNK - 1)
+    if rest:
+        vectors.set_rows(table, edge, 0, edge, first_chunk + full, 0)
+        blocks = (rest + 63) >> 6
+        last = rest - ((blocks - 1) << 6)
+        _hash_rows(table, blocks, last, 0, _CHUNK_START, _CHUNK_END, 0, rows + (full << 5))
+        chunks += 1
+    _reduce(rows, chunks, 1, table)
 
 
 @_kernel(_types.void, _Bytes, _int64, _int64, _int64, _Scratch)
 def hash_partial(data: Array, start: int, length: int, first_chunk: int, scratch: Scratch) -> None:
     """Write the CV of a short block, of 1 or more bytes, to scratch.cvs[0]; its first chunk is
     number `first_chunk` of the content."""
-    lanes, cvs, edge = scratch.lanes, scratch.cvs, scratch.edge
-    full = length >> CHUNK_SHIFT
-    for first in range(0, full, LANES):
-        for lane in range(LANES):
-            chunk = min(first + lane, full - 1)
-            lanes[lane] = start + (chunk << CHUNK_SHIFT)
-            lanes[LANES + lane] = first_chunk + chunk
-        _hash_chunks(data, lanes, cvs, first)
-    chunks = full
+    edge = scratch.edge
     rest = length & (CHUNK - 1)
     if rest:
         for i in range(CHUNK):
             edge[i] = data[start + length - rest + i] if i < rest else 0
-        for lane in range(LANES):
-            lanes[lane] = 0
-            lanes[LANES + lane] = first_chunk + full
-        blocks = (rest + 63) >> 6
-        last = rest - ((blocks - 1) << 6)
-        _hash_rows(edge.ctypes.data, lanes, blocks, last, 0, _CHUNK_START, _CHUNK_END, cvs.ctypes.data + (full << 5))
-        chunks += 1
-    reduce_cvs(cvs, chunks, 1, lanes)
+    rows, table = scratch.cvs.ctypes.data, scratch.lanes.ctypes.data
+    _hash_partial(data.ctypes.data + start, length, first_chunk, edge.ctypes.data, rows, table)
 
 
 @_kernel(_types.void, _Bytes, _int64, _int64, _int64, _int64, _Words, _Cvs, _Scratch)
@@ -287,25 +298,32 @@ def sign_window(
     content."""
     size = CHUNK << shift
     full = length // size
-    sums = len(weak) > 0
+    content, out = data.ctypes.data + start, cvs.ctypes.data
+    table, rows = scratch.lanes.ctypes.data, scratch.cvs.ctypes.data
+    summed = 0 if len(weak) else full
     for first in range(0, full, GROUP):
-        count = min(GROUP, full - first)
-        for i in range(count):
-            at = start + (first + i) * size
-            scratch.starts[i] = at
-            scratch.numbers[i] = first_block + first + i
-            if sums:
-                weak[first + i] = weak_sum(data, at, size)
-        hash_blocks(data, count, shift, scratch)
-        for i in range(count):
-            _copy_row(scratch.cvs, i, cvs, first + i)
-    rest = length - full * size
-    if rest:
+        chunks = min(GROUP, full - first) << shift
+        before = first << shift
+        last = content + ((before + chunks - 1) << CHUNK_SHIFT)
+        for row in range(0, chunks, LANES):
+            # What is read for the weak sums is still in the first cache when it is hashed.
+            while summed << shift < before + min(row + LANES, chunks):
+                weak[summed] = weak_sum(data, start + summed * size, size)
+                summed += 1
+            chunk = before + row
+            number = (first_block << shift) + chunk
+            vectors.set_rows(table, content + (chunk << CHUNK_SHIFT), CHUNK, last, number, 1)
+            _hash_chunks(table, rows + (row << 5))
+        for _ in range(shift):
+            chunks = _parents(rows, chunks, table, _PARENT)
+        for i in range(chunks):
+            vectors.copy_row(rows + (i << 5), out + ((first + i) << 5))
+    if length > full * size:
         at = start + full * size
-        if sums:
-            weak[full] = weak_sum(data, at, rest)
-        hash_partial(data, at, rest, (first_block + full) << shift, scratch)
-        _copy_row(scratch.cvs, 0, cvs, full)
+        if len(weak):
+            weak[full] = weak_sum(data, at, length - full * size)
+        hash_partial(data, at, length - full * size, (first_block + full) << shift, scratch)
+        vectors.copy_row(rows, out + (full << 5))
 
 
 @_kernel(_types.boolean, _Cvs, _int64, _Base, _int64)

@@ -1,10 +1,11 @@
-"""Explicit vectors for the kernels, written as LLVM IR: BLAKE3 on eight lanes, and the weak sums.
+"""Explicit vectors for the kernels, written as LLVM IR: BLAKE3 on 8 or 16 lanes, and the weak sums.
 
 A loop is not left to the auto-vectoriser where the speed of the engine hangs on it. LLVM splits
-vectors that are wider than the processor's, so this runs everywhere; the widths are AVX2's. Each
-function here is an intrinsic to be called from a kernel; arrays are taken by their data pointer,
-whatever their type, and places in them are given in bytes. Nothing is checked: the caller answers
-for every byte that is read and written. Little-endian, as all platforms are that numba supports.
+vectors that are wider than the processor's, so this runs everywhere; the widths are AVX-512's where
+the processor has it, else AVX2's. Each function here is an intrinsic to be called from a kernel;
+arrays are taken by their data pointer, whatever their type, and places in them are given in bytes.
+Nothing is checked: the caller answers for every byte that is read and written. Little-endian, as all
+platforms are that numba supports.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 _ir: Any = importlib.import_module("llvmlite.ir")
 _types: Any = importlib.import_module("numba").types
 _cgutils: Any = importlib.import_module("numba.core.cgutils")
+_cpu_target: Any = importlib.import_module("numba.core.registry").cpu_target
 _intrinsic: Any = importlib.import_module("numba.extending").intrinsic
 
 # A value, a builder or a type of LLVM or numba.
@@ -26,7 +28,6 @@ Llvm = Any
 IV = (0x6A09E667, 0xBB67AE85, 0x3C6EF372, 0xA54FF53A, 0x510E527F, 0x9B05688C, 0x1F83D9AB, 0x5BE0CD19)
 PERMUTATION = (2, 6, 3, 10, 7, 0, 4, 13, 1, 11, 12, 5, 9, 14, 15, 8)
 ROUNDS = 7
-LANES = 8
 _MIXES = (
     (0, 4, 8, 12),
     (1, 5, 9, 13),
@@ -38,16 +39,25 @@ _MIXES = (
     (3, 4, 9, 14),
 )
 
+
+def lanes_for(features: str) -> int:
+    """Return how many rows are best hashed at a time by a processor with these features, as LLVM writes them:
+    ``+avx2,-avx512f``. 16 is what 32 registers of 512 bits hold."""
+    return 16 if {"+avx512f", "+avx512bw", "+avx512vl"} <= set(features.split(",")) else 8
+
+
+# What numba compiles for, and not what the processor is: the same words are part of the key of numba's cache. So
+# machines that share its directory never get each other's width, nor do two settings of NUMBA_CPU_FEATURES.
+LANES = lanes_for(_cpu_target.target_context.codegen().magic_tuple()[2])
+
 # Bytes that one step of `block_sums` takes, and positions that one step of `roll_sums` gives.
-SUM_STEP = 32
+SUM_STEP = 4 * LANES
 ROLL_STEP = 16
 
 _I8 = _ir.IntType(8)
 _I16 = _ir.IntType(16)
 _I32 = _ir.IntType(32)
 _I64 = _ir.IntType(64)
-_WORDS = _ir.VectorType(_I32, LANES)
-_BYTES = _ir.VectorType(_I8, 4 * LANES)
 _HALVES = _ir.VectorType(_I16, 16)
 _PAIRS = _ir.VectorType(_I32, 16)
 
@@ -82,30 +92,49 @@ def _store(builder: Llvm, value: Llvm, start: Llvm, offset: Llvm) -> None:
     builder.store(value, builder.bitcast(builder.gep(start, [offset]), value.type.as_pointer())).align = 1
 
 
+def _part(builder: Llvm, vector: Llvm, first: int, count: int) -> Llvm:
+    return builder.shuffle_vector(vector, vector, _lanes(range(first, first + count)))
+
+
 def _transpose(builder: Llvm, rows: Sequence[Llvm]) -> list[Llvm]:
-    """Transpose 8 vectors of 8 words, by the three stages of unpacks that AVX2 has."""
-    low, high = _lanes([0, 8, 1, 9, 4, 12, 5, 13]), _lanes([2, 10, 3, 11, 6, 14, 7, 15])
-    low2, high2 = _lanes([0, 1, 8, 9, 4, 5, 12, 13]), _lanes([2, 3, 10, 11, 6, 7, 14, 15])
-    left, right = _lanes([0, 1, 2, 3, 8, 9, 10, 11]), _lanes([4, 5, 6, 7, 12, 13, 14, 15])
+    """Transpose 8 vectors of 8 words, or 16 of 16, by the three or four stages of unpacks that AVX has."""
+    count = len(rows)
     shuffle = builder.shuffle_vector
-    twos = [shuffle(rows[i], rows[i + 1], mask) for i in (0, 2, 4, 6) for mask in (low, high)]
-    fours = [
-        shuffle(twos[half + part], twos[half + part + 2], mask)
-        for half in (0, 4)
-        for part in (0, 1)
-        for mask in (low2, high2)
+
+    def quarters(*places: int) -> Llvm:
+        """In each 128 bits those of both vectors' words there; 4 to 7 are the second's."""
+        return _lanes([at + place % 4 + count * (place // 4) for at in range(0, count, 4) for place in places])
+
+    low, high = quarters(0, 4, 1, 5), quarters(2, 6, 3, 7)
+    low2, high2 = quarters(0, 1, 4, 5), quarters(2, 3, 6, 7)
+    even, odd = (
+        _lanes([at + i for side in (0, count) for at in range(side + start, side + count, 8) for i in range(4)])
+        for start in (0, 4)
+    )
+    twos = [shuffle(rows[i], rows[i + 1], mask) for i in range(0, count, 2) for mask in (low, high)]
+    # Of each four rows: in the 128 bits number q of vector c are their words 4 q + c.
+    parts = [
+        [shuffle(twos[i + part], twos[i + part + 2], mask) for part in (0, 1) for mask in (low2, high2)]
+        for i in range(0, count, 4)
     ]
-    return [shuffle(fours[i], fours[i + 4], mask) for mask in (left, right) for i in range(4)]
+    while len(parts) > 1:
+        parts = [
+            [shuffle(*pair, mask) for mask in (even, odd) for pair in zip(parts[i], parts[i + 1], strict=True)]
+            for i in range(0, len(parts), 2)
+        ]
+    return parts[0]
 
 
 def _rotate_right(builder: Llvm, words: Llvm, bits: int) -> Llvm:
-    if bits % 8:
-        return builder.or_(builder.lshr(words, _splat(_WORDS, bits)), builder.shl(words, _splat(_WORDS, 32 - bits)))
+    kind = words.type
+    if bits % 8 or kind.count == 16:
+        # AVX-512 has an instruction for this, which LLVM recognises.
+        return builder.or_(builder.lshr(words, _splat(kind, bits)), builder.shl(words, _splat(kind, 32 - bits)))
     # One shuffle of bytes takes the place of two shifts and an or.
     step = bits // 8
-    mask = _lanes([(i & ~3) | ((i + step) & 3) for i in range(_BYTES.count)])
-    as_bytes = builder.bitcast(words, _BYTES)
-    return builder.bitcast(builder.shuffle_vector(as_bytes, as_bytes, mask), _WORDS)
+    as_bytes = builder.bitcast(words, _ir.VectorType(_I8, 4 * kind.count))
+    mask = _lanes([(i & ~3) | ((i + step) & 3) for i in range(as_bytes.type.count)])
+    return builder.bitcast(builder.shuffle_vector(as_bytes, as_bytes, mask), kind)
 
 
 def _compress(builder: Llvm, state: list[Llvm], message: Sequence[Llvm]) -> list[Llvm]:
@@ -127,110 +156,183 @@ def _compress(builder: Llvm, state: list[Llvm], message: Sequence[Llvm]) -> list
     return [xor(state[i], state[i + 8]) for i in range(8)]
 
 
-def _load_message(builder: Llvm, rows: Sequence[Llvm], offset: Llvm) -> list[Llvm]:
+def _load_message(builder: Llvm, words: Llvm, rows: Sequence[Llvm], offset: Llvm) -> list[Llvm]:
     message: list[Llvm] = []
-    for half in (0, 32):
-        at = builder.add(offset, _I64(half))
-        message += _transpose(builder, [_load(builder, _WORDS, row, at) for row in rows])
+    for part in range(0, 64, 4 * words.count):
+        at = builder.add(offset, _I64(part))
+        message += _transpose(builder, [_load(builder, words, row, at) for row in rows])
     return message
 
 
-@_intrinsic  # type: ignore[untyped-decorator]
-def hash_rows(
-    typing: Llvm,
-    data: Llvm,
-    lanes: Llvm,
-    blocks: Llvm,
-    last_length: Llvm,
-    flags: Llvm,
-    first_flags: Llvm,
-    last_flags: Llvm,
-    out: Llvm,
-) -> tuple[Llvm, Callable[..., Llvm]]:
-    """Compress eight rows, chunks or parents of BLAKE3, side by side.
+def hash_rows_by(lanes: int) -> Llvm:
+    """Return the function `hash_rows` for 8 or 16 lanes."""
 
-    Row i begins lanes[i] bytes behind the address `data`, has the counter lanes[8 + i] and
-    `blocks` blocks of 64 bytes, of which the last counts as `last_length` long. `flags` go with
-    every block, `first_flags` and `last_flags` with the first and the last in addition. The
-    chaining values, 8 * 32 bytes, go to the address `out`, after all input has been read.
-    """
-    word = _types.int64
-    signature = _types.void(word, lanes, word, word, word, word, word, word)
+    def hash_rows(
+        typing: Llvm,
+        table: Llvm,
+        blocks: Llvm,
+        last_length: Llvm,
+        flags: Llvm,
+        first_flags: Llvm,
+        last_flags: Llvm,
+        ahead: Llvm,
+        out: Llvm,
+    ) -> tuple[Llvm, Callable[..., Llvm]]:
+        """Compress LANES rows, chunks or parents of BLAKE3, side by side.
+
+        At the address `table` are LANES int64, the rows' addresses, and as many more, their
+        counters. Each row has `blocks` blocks of 64 bytes, of which the last counts as
+        `last_length` long. `flags` go with every block, `first_flags` and `last_flags` with the
+        first and the last in addition. The chaining values, LANES * 32 bytes, go to the address
+        `out`, after all input has been read. What lies `ahead` bytes behind each block is brought
+        into the cache; it need not exist.
+        """
+        word = _types.int64
+        return _types.void(word, word, word, word, word, word, word, word), _hash_rows_of(lanes)
+
+    return _intrinsic(hash_rows)
+
+
+def _hash_rows_of(lanes: int) -> Callable[..., Llvm]:
+    words, longs = _ir.VectorType(_I32, lanes), _ir.VectorType(_I64, lanes)
 
     def generate(context: Llvm, builder: Llvm, signature: Llvm, args: Sequence[Llvm]) -> Llvm:
-        start = builder.inttoptr(args[0], _I8.as_pointer())
-        table = builder.bitcast(_bytes_of(context, builder, signature.args[1], args[1]), _I64.as_pointer())
-        blocks, last_length, flags, first_flags, last_flags = args[2:7]
-        rows = []
-        counter_low = counter_high = _ir.Constant(_WORDS, _ir.Undefined)
-        for lane in range(LANES):
-            rows.append(builder.gep(start, [builder.load(builder.gep(table, [_I64(lane)]))]))
-            counter = builder.load(builder.gep(table, [_I64(LANES + lane)]))
-            counter_low = builder.insert_element(counter_low, builder.trunc(counter, _I32), _I32(lane))
-            high = builder.trunc(builder.lshr(counter, _I64(32)), _I32)
-            counter_high = builder.insert_element(counter_high, high, _I32(lane))
-        chaining = [_cgutils.alloca_once_value(builder, _splat(_WORDS, value)) for value in IV]
+        table, addresses = (builder.inttoptr(args[0], kind.as_pointer()) for kind in (_I8, _I64))
+        blocks, last_length, flags, first_flags, last_flags, ahead = args[1:7]
+        rows = [
+            builder.inttoptr(builder.load(builder.gep(addresses, [_I64(lane)])), _I8.as_pointer())
+            for lane in range(lanes)
+        ]
+        counters = _load(builder, longs, table, _I64(8 * lanes))
+        counter_low = builder.trunc(counters, words)
+        counter_high = builder.trunc(builder.lshr(counters, _splat(longs, 32)), words)
+        chaining = [_cgutils.alloca_once_value(builder, _splat(words, value)) for value in IV]
         last = builder.sub(blocks, _I64(1))
         with _cgutils.for_range(builder, blocks) as loop:
-            message = _load_message(builder, rows, builder.mul(loop.index, _I64(64)))
+            at = builder.mul(loop.index, _I64(64))
+            message = _load_message(builder, words, rows, at)
+            at_ahead = builder.add(at, ahead)
+            for row in rows:
+                _prefetch(builder, builder.gep(row, [at_ahead]))
             is_first = builder.icmp_signed("==", loop.index, _I64(0))
             is_last = builder.icmp_signed("==", loop.index, last)
             length = builder.select(is_last, last_length, _I64(64))
             flags_here = builder.or_(flags, builder.select(is_first, first_flags, _I64(0)))
             flags_here = builder.or_(flags_here, builder.select(is_last, last_flags, _I64(0)))
             state = [builder.load(place) for place in chaining]
-            state += [_splat(_WORDS, value) for value in IV[:4]]
+            state += [_splat(words, value) for value in IV[:4]]
             state += [counter_low, counter_high]
-            state += [_broadcast(builder, _WORDS, length), _broadcast(builder, _WORDS, flags_here)]
+            state += [_broadcast(builder, words, length), _broadcast(builder, words, flags_here)]
             for place, value in zip(chaining, _compress(builder, state, message), strict=True):
                 builder.store(value, place)
         target = builder.inttoptr(args[7], _I8.as_pointer())
-        for lane, row in enumerate(_transpose(builder, [builder.load(place) for place in chaining])):
-            _store(builder, row, target, _I64(32 * lane))
+        results = [builder.load(place) for place in chaining]
+        for first in range(0, lanes, 8):
+            for lane, row in enumerate(_transpose(builder, [_part(builder, value, first, 8) for value in results])):
+                _store(builder, row, target, _I64(32 * (first + lane)))
         return context.get_dummy_value()
 
-    return signature, generate
+    return generate
 
 
 @_intrinsic  # type: ignore[untyped-decorator]
-def block_sums(typing: Llvm, data: Llvm, start: Llvm, steps: Llvm) -> tuple[Llvm, Callable[..., Llvm]]:
-    """Return a | b << 16 of the 32 * `steps` bytes from byte `start` of `data`.
-
-    Lanes of 16 bits suffice, for the sums are modulo 2**16: one for each place in a step, even
-    and odd bytes apart. Each lane sums its bytes, and sums those sums, which weighs them by step;
-    what its place within the step adds to the weight is set right once, at the end.
-    """
-    signature = _types.uint32(data, _types.int64, _types.int64)
+def set_rows(
+    typing: Llvm, table: Llvm, first: Llvm, stride: Llvm, last: Llvm, counter: Llvm, step: Llvm
+) -> tuple[Llvm, Callable[..., Llvm]]:
+    """Write a table for `hash_rows`: rows at the addresses `first`, `first` + `stride`, ..., none beyond `last`, with
+    the counters `counter`, `counter` + `step`, ...."""
+    word = _types.int64
 
     def generate(context: Llvm, builder: Llvm, signature: Llvm, args: Sequence[Llvm]) -> Llvm:
-        row = builder.gep(_bytes_of(context, builder, signature.args[0], args[0]), [args[1]])
-        zero = _splat(_HALVES, 0)
-        even, odd, even_sum, odd_sum = (_cgutils.alloca_once_value(builder, zero) for _ in range(4))
-        with _cgutils.for_range(builder, args[2]) as loop:
-            both = _load(builder, _HALVES, row, builder.mul(loop.index, _I64(SUM_STEP)))
-            for plain, summed, part in (
-                (even, even_sum, builder.and_(both, _splat(_HALVES, 255))),
-                (odd, odd_sum, builder.lshr(both, _splat(_HALVES, 8))),
-            ):
-                total = builder.add(builder.load(plain), part)
-                builder.store(total, plain)
-                builder.store(builder.add(builder.load(summed), total), summed)
-        weighed = zero
-        for plain, summed, first in ((even, even_sum, 0), (odd, odd_sum, 1)):
-            place = _ir.Constant(_HALVES, [_ir.Constant(_I16, 2 * i + first) for i in range(16)])
-            steps = builder.mul(builder.load(summed), _splat(_HALVES, SUM_STEP))
-            weighed = builder.add(weighed, builder.sub(steps, builder.mul(builder.load(plain), place)))
-        total = builder.add(builder.load(even), builder.load(odd))
-        a, b = (builder.zext(_sum_lanes(builder, vector), _I32) for vector in (total, weighed))
-        return builder.or_(a, builder.shl(b, _I32(16)))
+        longs = _ir.VectorType(_I64, LANES)
+        table = builder.inttoptr(args[0], _I8.as_pointer())
+        lane = _ir.Constant(longs, [_ir.Constant(_I64, i) for i in range(LANES)])
+        first, stride, last, counter, step = (_broadcast(builder, longs, value) for value in args[1:])
+        rows = builder.add(first, builder.mul(stride, lane))
+        rows = builder.select(builder.icmp_unsigned("<", rows, last), rows, last)
+        _store(builder, rows, table, _I64(0))
+        _store(builder, builder.add(counter, builder.mul(step, lane)), table, _I64(8 * LANES))
+        return context.get_dummy_value()
 
-    return signature, generate
+    return _types.void(word, word, word, word, word, word), generate
+
+
+@_intrinsic  # type: ignore[untyped-decorator]
+def copy_row(typing: Llvm, source: Llvm, target: Llvm) -> tuple[Llvm, Callable[..., Llvm]]:
+    """Copy the 32 bytes of a chaining value from address to address."""
+
+    def generate(context: Llvm, builder: Llvm, signature: Llvm, args: Sequence[Llvm]) -> Llvm:
+        source, target = (builder.inttoptr(arg, _I8.as_pointer()) for arg in args)
+        _store(builder, _load(builder, _ir.VectorType(_I32, 8), source, _I64(0)), target, _I64(0))
+        return context.get_dummy_value()
+
+    return _types.void(_types.int64, _types.int64), generate
+
+
+def _prefetch(builder: Llvm, place: Llvm) -> None:
+    pointer = place.type
+    kind = _ir.FunctionType(_ir.VoidType(), [pointer, _I32, _I32, _I32])
+    prefetch = builder.module.declare_intrinsic("llvm.prefetch", [pointer], kind)
+    # To be read, into the first cache, as data.
+    builder.call(prefetch, [place, _I32(0), _I32(3), _I32(1)])
+
+
+def block_sums_by(lanes: int) -> Llvm:
+    """Return the function `block_sums` for vectors of so many words."""
+    halves = _ir.VectorType(_I16, 2 * lanes)
+    step = 4 * lanes
+
+    def block_sums(typing: Llvm, data: Llvm, start: Llvm, steps: Llvm) -> tuple[Llvm, Callable[..., Llvm]]:
+        """Return a | b << 16 of the SUM_STEP * `steps` bytes from byte `start` of `data`.
+
+        Lanes of 16 bits suffice, for the sums are modulo 2**16: one for each two bytes of a step.
+        Each lane sums its pairs of bytes, as the number that they are, and the higher ones of them
+        alone, from which the sum of the lower ones follows at the end. And it sums those sums,
+        which weighs them by step; what its place within the step adds to the weight is set right
+        at the end, too.
+        """
+
+        def generate(context: Llvm, builder: Llvm, signature: Llvm, args: Sequence[Llvm]) -> Llvm:
+            row = builder.gep(_bytes_of(context, builder, signature.args[0], args[0]), [args[1]])
+            zero = _splat(halves, 0)
+            pairs, odd, pairs_sum, odd_sum = (_cgutils.alloca_once_value(builder, zero) for _ in range(4))
+            with _cgutils.for_range(builder, args[2]) as loop:
+                both = _load(builder, halves, row, builder.mul(loop.index, _I64(step)))
+                for plain, summed, part in (
+                    (pairs, pairs_sum, both),
+                    (odd, odd_sum, builder.lshr(both, _splat(halves, 8))),
+                ):
+                    total = builder.add(builder.load(plain), part)
+                    builder.store(total, plain)
+                    builder.store(builder.add(builder.load(summed), total), summed)
+            upper, upper_sum = builder.load(odd), builder.load(odd_sum)
+            lower, lower_sum = (
+                builder.sub(builder.load(both), builder.mul(above, _splat(halves, 256)))
+                for both, above in ((pairs, upper), (pairs_sum, upper_sum))
+            )
+            weighed = zero
+            for plain, summed, first in ((lower, lower_sum, 0), (upper, upper_sum, 1)):
+                place = _ir.Constant(halves, [_ir.Constant(_I16, 2 * i + first) for i in range(2 * lanes)])
+                by_step = builder.mul(summed, _splat(halves, step))
+                weighed = builder.add(weighed, builder.sub(by_step, builder.mul(plain, place)))
+            total = builder.add(lower, upper)
+            a, b = (builder.zext(_sum_lanes(builder, vector), _I32) for vector in (total, weighed))
+            return builder.or_(a, builder.shl(b, _I32(16)))
+
+        return _types.uint32(data, _types.int64, _types.int64), generate
+
+    return _intrinsic(block_sums)
+
+
+hash_rows = hash_rows_by(LANES)
+block_sums = block_sums_by(LANES)
 
 
 def _sum_lanes(builder: Llvm, vector: Llvm) -> Llvm:
-    for half in (8, 4, 2, 1):
-        moved = builder.shuffle_vector(vector, vector, _lanes([(i + half) % 16 for i in range(16)]))
-        vector = builder.add(vector, moved)
+    count = vector.type.count
+    while count > 1:
+        count //= 2
+        vector = builder.add(_part(builder, vector, 0, count), _part(builder, vector, count, count))
     return builder.extract_element(vector, _I32(0))
 
 
