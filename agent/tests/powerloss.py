@@ -52,6 +52,8 @@ from crash import ROOTS, SIDES, STEPS, Campaign, Failed, Process, Result, change
 from disks import FILESYSTEMS, Machine, Survived, Unavailable, enter_namespace, why_not
 from trees import describe
 
+from farshore import durable
+
 #: What a campaign runs on: a filesystem, and whether state and tree have one each.
 PLANS = ("ext4", "ext4-strict:apart", "xfs", "xfs:apart")
 #: How long a round waits for the write, flush or step at which the power is to go.
@@ -121,6 +123,7 @@ class PowerCampaign(Campaign):
                 self.machines[side] = Machine(base / side, FILESYSTEMS[filesystem], 2 if apart else 1)
             super().__init__(base, result, say)
             for side in SIDES:
+                self._begin_boot(side)
                 self.machines[side].sync()
                 self._start_neighbour(side)
         except BaseException:
@@ -141,6 +144,7 @@ class PowerCampaign(Campaign):
         result, chance = self.result, self._chance
         result.rounds += 1
         self._tidy()
+        self._flush()
         victims = chance.choice([["source"], ["replica"], ["replica"], ["source", "replica"]])
         victim = chance.choice(victims)
         kind = chance.choice(["rest", "moment", "moment", "step", "step", "write", "write", "flush", "flush"])
@@ -230,6 +234,7 @@ class PowerCampaign(Campaign):
             machine.unmount()
             survived = machine.restore(self._chance.getrandbits(64))
             self.result.add(survived)
+            self._begin_boot(side)
             self._note(f"{side}: {survived}")
         self._count(f"{' and '.join(victims)}: {label}")
 
@@ -326,8 +331,16 @@ class PowerCampaign(Campaign):
         return not self.machines[side].frozen
 
     def _before_node(self, side: str) -> None:
+        durable.BOOT_ID = self._boot(side)
         if side in self._broken:
             sync_nothing()
+
+    def _boot(self, side: str) -> Path:
+        """What tells this machine's boots apart, as the kernel is not started anew."""
+        return self.base / f"{side}.boot"
+
+    def _begin_boot(self, side: str) -> None:
+        self._boot(side).write_text(f"{self._chance.getrandbits(128):032x}\n")
 
     def _note(self, text: str) -> None:
         with self._log("cuts").open("a") as file:

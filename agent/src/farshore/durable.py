@@ -9,6 +9,9 @@ from pathlib import Path
 
 from farshore.errors import StateError
 
+#: Another value after each boot of the machine (random(4)).
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
 
 def write(path: Path, data: bytes) -> None:
     """Replace ``path``: after a crash it holds either what it held or ``data``. Raises StateError."""
@@ -31,6 +34,11 @@ def write(path: Path, data: bytes) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise StateError(path, error.strerror or str(error)) from error
+
+
+def boot_id() -> str:
+    """Names the time since this machine was started: what was not made durable before it may be lost."""
+    return BOOT_ID.read_text().strip()
 
 
 def lock(directory: Path, taken: str) -> int:

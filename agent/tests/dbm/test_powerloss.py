@@ -15,6 +15,9 @@ import powerloss
 import pytest
 from disks import FILESYSTEMS, Machine
 
+from farshore.dbm.planner import Planned
+from farshore.dbm.sender import _Pending
+
 pytestmark = pytest.mark.skipif(bool(disks.why_not()), reason=disks.why_not() or "-")
 KINDS = [
     pytest.param(name, marks=pytest.mark.skipif(bool(disks.why_not(each.kind)), reason=disks.why_not(each.kind) or "-"))
@@ -178,6 +181,26 @@ def test_nothing_is_left_of_a_machine_whose_maker_is_killed(tmp_path: Path) -> N
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=False)
     backing = Path("/sys/block", Path(done.stdout.strip()).name, "loop/backing_file")
     disks.wait_until(lambda: not (backing.exists() and str(tmp_path) in backing.read_text()))
+
+
+def test_a_number_that_is_used_again_stands_for_its_last_transaction(machine: Make) -> None:
+    disk = machine("ext4")
+    path = disk.mounts[0] / "pending"
+    for seed in range(_CUTS):
+        pending = _Pending(path)
+        pending.add(Planned(1, changed={(0, b"never begun")}))
+        disk.sync()
+        # The next connection, in which the number is used again.
+        pending.reset()
+        pending.add(Planned(1, changed={(0, b"begun")}))
+        pending.close()
+        cut(disk, seed)
+        assert disk.mount()
+        pending = _Pending(path)
+        found = pending.between(0, 1)
+        assert found is None or [each.paths for each in found] == [[(0, b"begun")]]
+        pending.reset()
+        pending.close()
 
 
 def campaign(tmp_path: Path, *options: str) -> tuple[int, dict[str, Any]]:
