@@ -93,6 +93,14 @@ bench-quick: bench-deps ## Rows 1 to 7 in about ten minutes
 crash: setup ## Kill both nodes a thousand times while files change, in at most 40 minutes; writes build/crash/report.json
 	@$(BIN)/python agent/tests/crash.py --kills 1000 --minutes 40 --report build/crash/report.json
 
+POWERLOSS_PACKAGES := e2fsprogs xfsprogs mount
+
+.PHONY: powerloss
+powerloss: setup ## Cut the power of both machines' disks 200 times, in at most 30 minutes; writes build/powerloss/report.json
+	@dpkg -s $(POWERLOSS_PACKAGES) >/dev/null 2>&1 || \
+	  { apt-get -q update && apt-get -q -y install --no-install-recommends $(POWERLOSS_PACKAGES); }
+	@$(BIN)/python agent/tests/powerloss.py --cuts 200 --minutes 30 --report build/powerloss/report.json
+
 .PHONY: build
 build: setup ## The collection's tarball, in build/
 	@mkdir -p build

@@ -58,6 +58,9 @@ from farshore import durable
 PLANS = ("ext4", "ext4-strict:apart", "xfs", "xfs:apart")
 #: How long a round waits for the write, flush or step at which the power is to go.
 _TRIGGER_SECONDS = 2.0
+#: How long a source has before it is stopped to look at what changed last: what is done through a second name of a file
+#: that is gone before anybody looked at it is not seen before the next scan (docs/architecture.md).
+_LOOK_SECONDS = 0.3
 #: How long a replica that was started may take to have what was acknowledged.
 _REPLAY_SECONDS = 20.0
 #: The exit code when this machine cannot have such disks.
@@ -185,11 +188,14 @@ class PowerCampaign(Campaign):
         where = f"{' and '.join(victims)} cut {label}"
         if "replica" in victims:
             source = self._nodes["source"]
+            if self._workload is not None:
+                time.sleep(self._chance.choice([0.0, 0.3]))
+                self._end_workload()
+                time.sleep(_LOOK_SECONDS)
             # What the replica has by itself is to be seen: nobody may send it again.
             source.send(signal.SIGSTOP)
             try:
                 self._power_up("replica")
-                self._end_workload()
                 self._check_kept(where, before)
             finally:
                 source.send(signal.SIGCONT)
