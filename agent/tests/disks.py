@@ -141,7 +141,7 @@ def why_not(kind: str = "ext4") -> str:
 
 def write_back(device: int) -> bool:
     """Have what was written to a block device's handle reach the disk, without a flush; returns whether it did."""
-    return _libc.sync_file_range(device, 0, 0, _WRITE_AND_WAIT) == 0
+    return bool(_libc.sync_file_range(device, 0, 0, _WRITE_AND_WAIT) == 0)
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = _SECONDS) -> None:
@@ -276,7 +276,15 @@ class Machine:
         Raises Unmountable.
         """
         for number, where in enumerate(self.mounts):
-            command = ["mount", "-t", self.filesystem.kind, "-o", self.filesystem.options, self.device(number), where]
+            command = [
+                "mount",
+                "-t",
+                self.filesystem.kind,
+                "-o",
+                self.filesystem.options,
+                self.device(number),
+                str(where),
+            ]
             process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
             while process.poll() is None:
                 if self.frozen:

@@ -430,7 +430,7 @@ def run_plans(
 ) -> dict[str, Any]:
     """Run a campaign on each plan, with its share of the cuts and of the time; returns the report."""
     until = time.monotonic() + seconds
-    results = []
+    results: list[PowerResult] = []
     for number, plan in enumerate(plans):
         print(f"on {plan}", flush=True)
         result = PowerResult(seed + number, plan=plan)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -50,6 +51,20 @@ def cut(machine: Machine, seed: int) -> disks.Survived:
     machine.fail()
     machine.unmount()
     return machine.restore(seed)
+
+
+def backing_file(device: str) -> str:
+    """What a loop device is attached to, "" for nothing; "/" when the mount that its file was in is gone."""
+    try:
+        return Path("/sys/block", device, "loop/backing_file").read_text().strip()
+    except OSError:
+        return ""
+
+
+def is_free(device: str, base: Path) -> bool:
+    """Whether a device that was attached to a file below ``base`` is not so any more."""
+    backing = backing_file(device)
+    return backing != "/" and str(base) not in backing
 
 
 def write_file(path: Path, data: bytes, sync: bool) -> None:
@@ -179,8 +194,8 @@ def test_nothing_is_left_of_a_machine_whose_maker_is_killed(tmp_path: Path) -> N
     environment = {**os.environ, "PYTHONPATH": str(Path(disks.__file__).parent)}
     command = [sys.executable, "-c", code, str(tmp_path / "machine")]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=False)
-    backing = Path("/sys/block", Path(done.stdout.strip()).name, "loop/backing_file")
-    disks.wait_until(lambda: not (backing.exists() and str(tmp_path) in backing.read_text()))
+    assert done.stdout.startswith("/dev/loop")
+    disks.wait_until(lambda: is_free(Path(done.stdout.strip()).name, tmp_path))
 
 
 def test_a_number_that_is_used_again_stands_for_its_last_transaction(machine: Make) -> None:
@@ -219,6 +234,32 @@ def test_power_cuts_lose_and_tear_nothing(tmp_path: Path) -> None:
     assert code == 0
     assert report["cuts"] > 2
     assert report["campaigns"][0]["observed"] > 0
+
+
+def test_an_interrupted_campaign_leaves_no_devices(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    command = [
+        sys.executable,
+        powerloss.__file__,
+        "--dir",
+        str(base),
+        "--on",
+        "ext4",
+        "--cuts",
+        "500",
+        "--minutes",
+        "3",
+    ]
+    with subprocess.Popen(command, start_new_session=True) as process:
+        disks.wait_until(lambda: (base / "ext4" / "cuts.log").exists() or process.poll() is not None)
+        if process.poll() == powerloss.CANNOT:
+            pytest.skip("this machine cannot have such disks")
+        devices = [each.name for each in Path("/sys/block").glob("loop*") if str(base) in backing_file(each.name)]
+        assert len(devices) == 2
+        # As Ctrl-C does: to all of them.
+        os.killpg(process.pid, signal.SIGINT)
+    assert process.returncode != 0
+    disks.wait_until(lambda: all(is_free(device, base) for device in devices))
 
 
 def test_a_replica_that_syncs_nothing_is_found_out(tmp_path: Path) -> None:
