@@ -229,7 +229,7 @@ def campaign(tmp_path: Path, *options: str) -> tuple[int, dict[str, Any]]:
 
 
 def test_power_cuts_lose_and_tear_nothing(tmp_path: Path) -> None:
-    code, report = campaign(tmp_path, "--on", "ext4", "--cuts", "12", "--minutes", "0.7", "--seed", "20261")
+    code, report = campaign(tmp_path, "--on", "ext4", "--cuts", "8", "--minutes", "3", "--seed", "20261")
     assert report["failures"] == []
     assert code == 0
     assert report["cuts"] > 2
@@ -264,7 +264,7 @@ def test_an_interrupted_campaign_leaves_no_devices(tmp_path: Path) -> None:
 
 def test_a_replica_that_syncs_nothing_is_found_out(tmp_path: Path) -> None:
     code, report = campaign(
-        tmp_path, "--on", "ext4", "--cuts", "60", "--minutes", "1.5", "--seed", "20262", "--break-sync", "replica"
+        tmp_path, "--on", "ext4", "--cuts", "60", "--minutes", "4", "--seed", "20262", "--break-sync", "replica"
     )
     assert code == 1
     assert len(report["failures"]) == 1
