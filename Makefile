@@ -42,7 +42,7 @@ drill: setup lab-deps ## A whole disaster on the lab's hosts; writes build/drill
 	@$(BIN)/python tests/drill/run.py
 
 .PHONY: test
-test: setup lab-deps ## All checks and all tests
+test: setup lab-deps powerloss-deps ## All checks and all tests
 	@mkdir -p build
 	$(MAKE) --no-print-directory lint
 	$(BIN)/python -m pytest
@@ -98,6 +98,17 @@ FUZZ_MINUTES ?= 5
 .PHONY: fuzz
 fuzz: setup ## Lies, links and bytes for a node, FUZZ_MINUTES=5 of them; writes build/fuzz/report.json
 	@$(BIN)/python agent/tests/hostile.py --minutes $(FUZZ_MINUTES) --report build/fuzz/report.json
+
+POWERLOSS_PACKAGES := e2fsprogs xfsprogs mount
+
+.PHONY: powerloss-deps
+powerloss-deps:
+	@dpkg -s $(POWERLOSS_PACKAGES) >/dev/null 2>&1 || \
+	  { apt-get -q update && apt-get -q -y install --no-install-recommends $(POWERLOSS_PACKAGES); }
+
+.PHONY: powerloss
+powerloss: setup powerloss-deps ## Cut the power of both machines' disks 200 times, in at most 30 minutes; writes build/powerloss/report.json
+	@$(BIN)/python agent/tests/powerloss.py --cuts 200 --minutes 30 --report build/powerloss/report.json
 
 .PHONY: build
 build: setup ## The collection's tarball, in build/

@@ -5,8 +5,7 @@ or after one of the labelled STEPS. Meanwhile an observer reads the replica's fi
 whether it is whole. After the kill, what was acknowledged before must be on the replica's disk; after restart and
 flush, both trees must be identical in content and metadata.
 
-SIGKILL ends a process and spares the kernel: what is in the page cache survives. What a power cut takes as well is
-not covered here.
+SIGKILL ends a process and spares the kernel: what is in the page cache survives. ``powerloss.py`` takes that as well.
 
     python agent/tests/crash.py --kills 1000 --minutes 40 --report build/crash/report.json
 """
@@ -156,11 +155,17 @@ class Process:
                 self._status = status
         return self._status is None
 
-    def end(self) -> bool:
-        """Kill it and wait; returns False when it had ended already."""
+    def send(self, number: signal.Signals) -> bool:
+        """Send it a signal; returns False when it has ended."""
         if not self.alive:
             return False
-        os.kill(self.pid, signal.SIGKILL)
+        os.kill(self.pid, number)
+        return True
+
+    def end(self) -> bool:
+        """Kill it and wait; returns False when it had ended already."""
+        if not self.send(signal.SIGKILL):
+            return False
         self._status = os.waitpid(self.pid, 0)[1]
         return True
 
@@ -168,16 +173,21 @@ class Process:
 class Campaign:
     """Two nodes below ``base``, a workload, an observer, and the one who kills."""
 
-    def __init__(self, base: Path, seed: int, say: Callable[[str], None]) -> None:
+    #: What is counted.
+    unit = "kills"
+    #: Whether whole files are written so that a power cut leaves them whole.
+    syncs = False
+
+    def __init__(self, base: Path, result: Result, say: Callable[[str], None]) -> None:
         self.base = base
-        self.result = Result(seed)
+        self.result = result
         self._say = say
-        self._chance = random.Random(seed)
+        self._chance = random.Random(result.seed)
         self._keys = base / "pki"
         make_keys(self._keys, SIDES)
         self._ports = dict(zip(SIDES, free_ports(2), strict=True))
         self._nodes: dict[str, Process] = {}
-        self._others: list[Process] = []
+        self._observer: Process | None = None
         for name in ROOTS:
             (self.tree("source") / name).mkdir(parents=True)
         self._acknowledged = 0
@@ -186,6 +196,10 @@ class Campaign:
     def tree(self, side: str) -> Path:
         """Where the protected paths of a side are."""
         return self.base / f"{side}-tree"
+
+    def state(self, side: str) -> Path:
+        """Where a side's node keeps what it must remember."""
+        return self.base / side / "state"
 
     def run(self, kills: int, seconds: float) -> Result:
         """Kill until there were so many kills, or so many seconds have passed, or something went wrong."""
@@ -197,17 +211,17 @@ class Campaign:
             for side in reversed(SIDES):
                 self._ask(side, api.SetOwner(GROUP, "local", 1, False))
             self._flush()
-            self._others.append(
-                Process(lambda: observe(self.tree("replica") / "whole", self._torn), self._log("observer"))
-            )
+            self._start_observer()
             while self.result.kills < kills and time.monotonic() - began < seconds:
                 self._round()
                 self.result.seconds = time.monotonic() - began
                 if self.result.kills - told >= 25:
                     told = self.result.kills
-                    self._say(f"{self.result.seconds:6.0f} s  {told} of {kills} kills, {self.result.rounds} rounds")
+                    self._say(
+                        f"{self.result.seconds:6.0f} s  {told} of {kills} {self.unit}, {self.result.rounds} rounds"
+                    )
             self._check_leftovers()
-            self.result.observed = self._observed()
+            self._end_observer()
         except (Failed, FarshoreError, OSError) as error:
             self.result.failures.append(f"round {self.result.rounds}: {error or type(error).__name__}")
         finally:
@@ -252,16 +266,19 @@ class Campaign:
             self._start(victim)
         self._check_acknowledged("after the restart")
         self._flush()
-        for name in ROOTS:
-            found = differences(self.tree("source") / name, self.tree("replica") / name)
-            if found:
-                raise Failed(f"after {label or victims}, {name} differs: {'; '.join(found[:5])}")
+        self._check_trees(f"after {label or victims}")
         self._check_observer()
 
     def _acknowledge(self, may_fail: bool) -> None:
         """Have a count acknowledged: from now on it must be on the replica's disk, or a later one."""
+        self._write_count()
+        self._await_acknowledgement(may_fail)
+
+    def _write_count(self) -> None:
         self._counter += 1
-        write_whole(self.tree("source") / "whole" / "count", b"%d" % self._counter)
+        write_whole(self.tree("source") / "whole" / "count", b"%d" % self._counter, self.syncs)
+
+    def _await_acknowledgement(self, may_fail: bool) -> None:
         try:
             self._flush(20.0 if not may_fail else _STEP_SECONDS)
         except FarshoreError:
@@ -279,16 +296,30 @@ class Campaign:
         if body is None or int(body) < self._acknowledged:
             raise Failed(f"{when}, {path} holds {body!r}, but {self._acknowledged} was acknowledged")
 
+    def _check_trees(self, when: str) -> None:
+        for name in ROOTS:
+            found = differences(self.tree("source") / name, self.tree("replica") / name)
+            if found:
+                raise Failed(f"{when}, {name} differs: {'; '.join(found[:5])}")
+
+    def _start_observer(self) -> None:
+        watched = self.tree("replica") / "whole"
+        self._observer = Process(lambda: observe(watched, self._torn), self._log("observer"))
+
+    def _end_observer(self) -> None:
+        observer, self._observer = self._observer, None
+        if observer is not None:
+            observer.end()
+            counted = self._log("observer").with_suffix(".count")
+            self.result.observed += int(counted.read_text()) if counted.exists() else 0
+            counted.unlink(missing_ok=True)
+
     def _check_observer(self) -> None:
-        if not self._others[0].alive:
+        if self._observer is None or not self._observer.alive:
             raise Failed(f"the observer ended; see {self._log('observer')}")
         torn = self._torn.read_text() if self._torn.exists() else ""
         if torn:
             raise Failed(f"torn files were seen: {torn[:500]}")
-
-    def _observed(self) -> int:
-        counted = self._log("observer").with_suffix(".count")
-        return int(counted.read_text()) if counted.exists() else 0
 
     def _check_leftovers(self) -> None:
         """Nothing of ours stays in the trees once all is at rest."""
@@ -325,7 +356,7 @@ class Campaign:
             Endpoint("127.0.0.1", self._ports[side]),
             Tls(keys / "ca.crt", keys / f"{side}.crt", keys / f"{side}.key"),
             {GROUP: group},
-            state_dir=self.base / side / "state",
+            state_dir=self.state(side),
             runtime_dir=self.base / side / "run",
         )
 
@@ -334,6 +365,7 @@ class Campaign:
         config = self._config(side)
 
         def work() -> None:
+            self._before_node(side)
             if step is not None:
                 label, when, count = step
                 die_at(*STEPS[side][label], when == "before", count)
@@ -342,15 +374,21 @@ class Campaign:
 
         self._nodes[side] = process = Process(work, self._log(side))
         deadline = time.monotonic() + _READY_SECONDS
-        while process.alive:
+        while process.alive and self._has_power(side):
             with contextlib.suppress(FarshoreError):
                 self._ask(side, api.StatusRequest(), 5.0)
                 return
             if time.monotonic() > deadline:
                 raise Failed(f"node {side} is not ready after {_READY_SECONDS:g} s; see {self._log(side)}")
             time.sleep(0.01)
-        if step is None:
+        if step is None and self._has_power(side):
             raise Failed(f"node {side} ended by itself; see {self._log(side)}")
+
+    def _has_power(self, side: str) -> bool:
+        return True
+
+    def _before_node(self, side: str) -> None:
+        """What a node's process does before it becomes one."""
 
     def _kill(self, side: str, label: str) -> None:
         if not self._nodes[side].end():
@@ -369,7 +407,8 @@ class Campaign:
         self._ask("source", api.Flush(seconds, GROUP), seconds + 5)
 
     def _stop(self) -> None:
-        for process in [*self._others, *self._nodes.values()]:
+        self._end_observer()
+        for process in self._nodes.values():
             process.end()
 
     @property
@@ -401,8 +440,8 @@ def die_at(kind: type, name: str, before: bool, count: int) -> None:
     setattr(kind, name, counted)
 
 
-def change(tree: Path, seed: int) -> None:
-    """Change the trees at random for ever."""
+def change(tree: Path, seed: int, sync: bool = False) -> None:
+    """Change the trees at random for ever; ``sync`` as for ``write_whole``."""
     chance = random.Random(seed)
     mutator = Mutator(tree / "random", seed)
     names = [tree / "whole" / f"w{number}" for number in range(8)]
@@ -416,7 +455,7 @@ def change(tree: Path, seed: int) -> None:
             for _ in range(chance.randrange(4)):
                 at = chance.randrange(len(body))
                 body[at : at + 4096] = chance.randbytes(chance.choice([1, 4096]))
-            write_whole(path, bytes(body))
+            write_whole(path, bytes(body), sync)
         time.sleep(chance.choice([0.0, 0.0, 0.005]))
 
 
@@ -448,10 +487,14 @@ def is_whole(data: bytes) -> bool:
     return blake3.blake3(data[_DIGEST:]).digest() == data[:_DIGEST]
 
 
-def write_whole(path: Path, body: bytes) -> None:
-    """Replace a file by one that proves that it is whole."""
+def write_whole(path: Path, body: bytes, sync: bool = False) -> None:
+    """Replace a file by one that proves that it is whole; with ``sync``, after a power cut too."""
     temporary = path.with_name(".new-" + path.name)
-    temporary.write_bytes(blake3.blake3(body).digest() + body)
+    with temporary.open("wb") as file:
+        file.write(blake3.blake3(body).digest() + body)
+        if sync:
+            file.flush()
+            os.fsync(file.fileno())
     temporary.replace(path)
 
 
@@ -479,7 +522,8 @@ def main() -> int:
     options = parser.parse_args()
     print(f"seed {options.seed}", flush=True)
     base = options.dir or Path(tempfile.mkdtemp(prefix="farshore-crash-"))
-    result = Campaign(base, options.seed, lambda text: print(text, flush=True)).run(options.kills, options.minutes * 60)
+    result = Result(options.seed)
+    Campaign(base, result, lambda text: print(text, flush=True)).run(options.kills, options.minutes * 60)
     if result.failures:
         print(f"what is left of it is in {base}")
     elif options.dir is None:

@@ -9,6 +9,9 @@ from pathlib import Path
 
 from farshore.errors import StateError
 
+#: Another value after each boot of the machine (random(4)).
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
 
 def write(path: Path, data: bytes) -> None:
     """Replace ``path``: after a crash it holds either what it held or ``data``. Raises StateError."""
@@ -36,6 +39,11 @@ def sync_directory(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def boot_id() -> str:
+    """Names the time since this machine was started: what was not made durable before it may be lost."""
+    return BOOT_ID.read_text().strip()
 
 
 def lock(directory: Path, taken: str) -> int:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
+from msgspec.structs import replace
 from nodes import Pair
 from trees import differences
 
@@ -809,3 +810,41 @@ async def test_a_job_is_delivered_where_others_begin_to_wait_for_it(
     await pair.local.groups["web"].flush(60)
     assert len(threads) > 2
     assert len(set(threads)) == 1
+
+
+def test_what_a_power_cut_may_have_taken_back_is_read_again(source: Source) -> None:
+    source.index.begin_boot("one")
+    for name in ("old", "same", "taken-back"):
+        (source.tree / name).write_bytes(b"new")
+    time.sleep(0.03)  # beyond the clock's tick, within which lstat is not believed at all
+    source.tell()
+    source.tell()
+    # Of these the disk has the content that the replica had before, under the times and the size of the new one.
+    for name in (b"old", b"taken-back"):
+        known = source.index.get(0, name)
+        assert known is not None
+        assert known.ctime_ns
+        source.index.begin()
+        source.index.put(replace(known, digest=b"o" * 32, ctime_ns=known.ctime_ns))
+        source.index.commit()
+    assert source.index.begin_boot("one") == 0
+    assert source.tell() == []
+    assert source.index.begin_boot("two") == 3
+    assert sorted(paths_of(source.tell(), Put)) == [b"old", b"taken-back"]
+    assert source.tell() == []
+    assert source.index.begin_boot("two") == 0
+
+
+def test_what_changed_long_before_a_power_cut_is_not_read_again(
+    source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source.index.begin_boot("one")
+    (source.tree / "f").write_bytes(b"x")
+    time.sleep(0.03)
+    source.tell()
+    source.tell()
+    now = time.time_ns()
+    monkeypatch.setattr(time, "time_ns", lambda: now + 3600 * 10**9)
+    source.index.begin()
+    source.index.commit()
+    assert source.index.begin_boot("two") == 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,12 @@ _VERSION = 2
 #: The facts that tell which state of which replica the entries are; ``clear`` forgets them.
 LINEAGE = "lineage"
 SEQ = "seq"
+#: Facts about this side: in which boot of the machine the index was used last, and when it was committed last (ns).
+_BOOT = "boot"
+_COMMITTED = "committed"
+#: So long after a change, the content of a file that was not synced may not be on disk, while what lstat tells is:
+#: the kernel begins to write content back after 30 s (vm.dirty_expire_centisecs), and a slow disk takes its time.
+_WRITE_BACK_NS = 600 * 10**9
 _INT64 = 1 << 63
 _DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 # The directory comes first in the key, so that what lies in one, and all that lies below one, are ranges of it.
@@ -66,7 +73,8 @@ class Known(msgspec.Struct, frozen=True, gc=False):
     """What the replica holds at a path, and the identity of what it was made from here.
 
     ``ctime_ns`` is 0 when the content here must be read before it counts as the same: after a comparison with a
-    replica that another history made, or when the file changed while, or too shortly before, it was read.
+    replica that another history made, when the file changed while, or too shortly before, it was read, or when a power
+    cut may have taken it back.
     """
 
     root: int
@@ -221,6 +229,7 @@ class Index:
     def commit(self) -> None:
         """The replica has acknowledged: the changes are facts."""
         if self._db.in_transaction:
+            self.set_fact(_COMMITTED, b"%d" % time.time_ns())
             self._db.execute("COMMIT")
 
     def rollback(self) -> None:
@@ -228,6 +237,23 @@ class Index:
         self._bare = None
         if self._db.in_transaction:
             self._db.execute("ROLLBACK")
+
+    def begin_boot(self, boot: str) -> int:
+        """This machine runs in ``boot``; returns how many files must be read again as it was another one.
+
+        A power cut may have left a file's old content under what lstat told of the new one, which is what the replica
+        has. So no content counts as known that had changed shortly before the index was committed last.
+        """
+        if self.get_fact(_BOOT) == boot.encode():
+            return 0
+        since = int(self.get_fact(_COMMITTED) or b"0") - _WRITE_BACK_NS
+        self.begin()
+        doubtful = self._db.execute(
+            "UPDATE entries SET ctime_ns=0 WHERE kind=? AND ctime_ns>?", (int(FileKind.FILE), max(since, 0))
+        ).rowcount
+        self.set_fact(_BOOT, boot.encode())
+        self.commit()
+        return doubtful
 
     # --- facts about the whole
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import random
 import socket
 import sqlite3
@@ -25,7 +26,7 @@ from typing import BinaryIO, NoReturn, TypeVar
 
 import msgspec
 
-from farshore import tls
+from farshore import durable, tls
 from farshore.config import Bandwidth, NodeRef
 from farshore.dbm import wire
 from farshore.dbm.bandwidth import Pacer
@@ -117,7 +118,8 @@ class _Sent(msgspec.Struct, frozen=True):
 class _Pending:
     """The transactions that left since the index was committed.
 
-    Not synced: losing it in a power cut costs a full comparison, nothing else.
+    Not synced: losing it in a power cut costs a full comparison, nothing else. But numbers are used again, for
+    transactions of a connection that were never begun: what was written down of those must not come back.
     """
 
     def __init__(self, path: Path) -> None:
@@ -135,6 +137,11 @@ class _Pending:
     def clear(self) -> None:
         """All of it is in the index."""
         self._file.truncate(0)
+
+    def reset(self) -> None:
+        """A connection begins: what is in it does not count any more, nor after a power cut. Raises OSError."""
+        self.clear()
+        os.fsync(self._file.fileno())
 
     def between(self, committed: int, started: int) -> list[_Sent] | None:
         """The transactions above ``committed`` up to ``started``; None unless all of them are written down."""
@@ -387,6 +394,9 @@ class Sender:
             except IndexDamaged:
                 self._replace_index()
                 self._index = Index(self._index_path)
+            doubtful = self._index.begin_boot(durable.boot_id())
+            if doubtful:
+                _log.info("read again, as the machine was started anew", group=self._group, files=doubtful)
             self._pending = _Pending(self._pending_path)
             self._planner = Planner(self._index, [root for _, root in self._roots], self._epoch)
         return self._index, self._planner
@@ -442,6 +452,8 @@ class Sender:
         elif not self.compared:
             # Nobody watched before this process began, and the watcher may take long to start.
             hints = [*hints, *dirty_everything(range(len(self._roots)))]
+        if self._pending is not None:
+            await self._in_worker(self._pending.reset)
         self._dirty.mark(hints, time.monotonic())
         self._doubts_below = self._dirty.next_mark()
         self.connected = self.compared = True
