@@ -21,13 +21,16 @@ SITE_OF = {"ldrg": "ldc", "local_servers": "ldc", "rdrg": "rbc", "backup_servers
 
 _GROUP_KEYS = (
     "local_server", "backup_server", "paths", "services", "units",
-    "failover", "failback", "rpo", "hold_down", "step_timeout", "bandwidth", "compress",
+    "failover", "failback", "rpo", "hold_down", "step_timeout", "bandwidth", "compress", "consistency",
 )  # fmt: skip
 _SITE_KEYS = ("network", "public_address")
 _PATH_KEYS = ("path", "replica", "include", "exclude")
 _SERVICE_KEYS = ("port", "protocol", "backend_port", "check")
 _CHECK_KEYS = ("kind", "interval", "timeout", "rise", "fall", "path", "host", "statuses")
 _RPO_KEYS = ("warn", "critical")
+_CONSISTENCY_KEYS = ("mode", "snapshot", "interval", "freeze", "thaw", "timeout")
+#: Of the keys that are numbers of seconds, what the agent allows.
+_CONSISTENCY_SECONDS = {"interval": (0.1, 86400), "timeout": (0.1, 3600)}
 _BANDWIDTH_KEYS = ("limit", "schedule")
 _WINDOW_KEYS = ("days", "from", "to", "limit")
 _DAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
@@ -58,7 +61,7 @@ def node_groups(intent: Intent, host: str, hostvars: HostVars, replica_root: str
             }
             if group.get("units"):
                 entry["units"] = list(group["units"])
-            for key in ("rpo", "bandwidth"):
+            for key in ("rpo", "bandwidth", "consistency"):
                 if group.get(key):
                     entry[key] = dict(group[key])
             if "compress" in group:
@@ -245,6 +248,7 @@ def _group_errors(where: str, name: Any, group: Any, groups: Mapping[str, Sequen
     yield from _bandwidth_errors(f"{where}.bandwidth", group.get("bandwidth", {}))
     if not isinstance(group.get("compress", True), bool):
         yield f"{where}.compress: {group['compress']!r} is not allowed; allowed: true, false"
+    yield from _consistency_errors(f"{where}.consistency", group.get("consistency", {}))
     yield from _list_errors(where, group, "paths", _path_errors)
     yield from _list_errors(where, group, "services", _service_errors)
     for i, unit in enumerate(group.get("units") or []):
@@ -313,6 +317,27 @@ def _bandwidth_errors(where: str, bandwidth: Any) -> Iterator[str]:
     yield from _rate_errors(f"{where}.limit", bandwidth.get("limit", "unlimited"))
     if bandwidth.get("schedule") != []:
         yield from _list_errors(where, bandwidth, "schedule", _window_errors)
+
+
+def _consistency_errors(where: str, item: Any) -> Iterator[str]:
+    yield from _keys(where, item, _CONSISTENCY_KEYS)
+    if not isinstance(item, Mapping):
+        return
+    mode = item.get("mode", "none")
+    for key, allowed in (("mode", ("none", "snapshot")), ("snapshot", ("auto", "btrfs", "reflink"))):
+        if item.get(key, allowed[0]) not in allowed:
+            yield f"{where}.{key}: {item[key]!r} is not allowed; allowed: {', '.join(allowed)}"
+    for key, (least, most) in _CONSISTENCY_SECONDS.items():
+        value = item.get(key, least)
+        if not _is_number(value) or not least <= value <= most:
+            yield f"{where}.{key}: {value!r} is not in {least}..{most} seconds"
+    for key, other in (("freeze", "thaw"), ("thaw", "freeze")):
+        if not isinstance(item.get(key, ""), str):
+            yield f"{where}.{key}: {item[key]!r} is not a shell command"
+        elif item.get(key) and not item.get(other):
+            yield f"{where}.{other}: is missing; {key} needs it"
+    if item.get("freeze") and mode == "none":
+        yield f"{where}.mode: {mode!r} takes no freeze and thaw; snapshot does"
 
 
 def _window_errors(where: str, item: Any) -> Iterator[str]:

@@ -21,6 +21,7 @@ from farshore.dbm.uploads import Uploads
 from farshore.dbm.wire import Codec
 from farshore.dbm.work import Job
 from farshore.fmm.types import FileKind, Root
+from farshore.fmm.view import Live
 
 CODEC: Codec[FromSource] = Codec(FromSource)
 
@@ -79,7 +80,7 @@ class Line:
 async def running(tree: Path, partials: list[Partial] | None = None) -> AsyncIterator[tuple[Line, Uploads]]:
     """Uploads of the files below ``tree``, at work; ``partials`` is what an earlier connection left."""
     line = Line()
-    under_test = Uploads([Root(os.fsencode(tree))], line, partials or [])
+    under_test = Uploads(Live([Root(os.fsencode(tree))]), line, partials or [])
     task = asyncio.create_task(under_test.run())
     try:
         yield line, under_test

@@ -21,6 +21,7 @@ from farshore.dbm.index import Index
 from farshore.dbm.messages import Hello, Refused, Welcome
 from farshore.dbm.record import Record, load, store
 from farshore.dbm.sender import Sender
+from farshore.dbm.snapshots import Snapshots
 from farshore.errors import FarshoreError, NotInTime, StaleEpoch
 from farshore.fmm.dirty import DirtySet
 from farshore.fmm.factory import make_watcher
@@ -67,6 +68,7 @@ class Group:
             for item in config.paths
         ]
         self._change = asyncio.Lock()
+        self._snapshots = Snapshots(name, config.consistency, [root for _, root in self._roots], state)
         self._dirty = DirtySet()
         self._feed: Feed | None = None
         self._sender: Sender | None = None
@@ -97,6 +99,8 @@ class Group:
 
     async def start(self) -> None:
         """Take up the role that is on record."""
+        # Whatever the role: a process that died may have left somebody frozen.
+        await asyncio.get_running_loop().run_in_executor(self._snapshots.thread, self._snapshots.recover)
         async with self._change:
             if not self.owns or self._sender is not None:
                 return
@@ -115,6 +119,7 @@ class Group:
             await self._stop_source()
             await self._stop_replica()
             self._worker.shutdown(wait=True)
+            self._snapshots.thread.shutdown(wait=False)
 
     def _start_source(self) -> None:
         self._dirty = DirtySet()
@@ -130,6 +135,8 @@ class Group:
             self._on_stale,
             self.config.bandwidth,
             self.config.compress,
+            self._snapshots if self.config.consistency.mode == "snapshot" else None,
+            self._marked,
         )
         roots = [root for _, root in self._roots]
         self._feed = Feed(lambda: make_watcher("auto", roots), self._dirty, self._sender.wake)
@@ -302,6 +309,14 @@ class Group:
             raise NotInTime(f"flush of group {self.name}", timeout, why) from None
         await sender.wait_durable(mark, max(0.05, timeout - (time.monotonic() - started)))
         return f"all of {self.name} is durable on {self.config.peer.node}"
+
+    async def _marked(self) -> int:
+        """Return when all that changed before is marked as dirty."""
+        if self._feed is None:
+            raise NotOwner(self.name, self._record.owner, self.config.side)
+        if self._paused:
+            raise Paused(self.name)
+        return await self._barrier(self._feed)
 
     @staticmethod
     async def _barrier(feed: Feed) -> int:
@@ -509,6 +524,8 @@ class Group:
             return ("disconnected" if self._confirmed else "unconfirmed"), sender.reason
         if sender.comparing or not sender.compared:
             return "syncing", f"comparing with {peer} in full, {sender.looked_at} paths done"
+        if sender.stuck:
+            return "error", sender.stuck
         if self._feed is not None and not self._feed.watching:
             return "error", "; ".join(self._feed.problems()) or "the watcher is still starting"
         if sender.in_step:

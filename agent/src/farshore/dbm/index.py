@@ -24,6 +24,8 @@ _VERSION = 2
 #: The facts that tell which state of which replica the entries are; ``clear`` forgets them.
 LINEAGE = "lineage"
 SEQ = "seq"
+#: Whether the replica may hold transactions of a state that is not complete.
+OPEN = "open"
 _INT64 = 1 << 63
 _DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 # The directory comes first in the key, so that what lies in one, and all that lies below one, are ranges of it.

@@ -192,9 +192,15 @@ class Drop(_Message, frozen=True, tag="drop"):
 
 
 class Commit(_Message, frozen=True, tag="commit"):
-    """The transaction is complete: make it durable, apply it, acknowledge it."""
+    """The transaction is complete: make it durable, apply it, acknowledge it.
+
+    With ``more``, the next transaction belongs to the same state: the replica makes this one durable and acknowledges
+    it, but applies it only together with all up to the first one without ``more``. On promotion an incomplete state is
+    not applied.
+    """
 
     seq: int
+    more: bool = False
 
 
 class InStep(_Message, frozen=True, tag="in-step"):
