@@ -167,7 +167,9 @@ def test_transactions_go_on_while_what_is_there_is_passed_over(
 ) -> None:
     """If the replica's file changes meanwhile, what was passed over is of no use."""
     resumed = job(tmp_path, "f", 3 << 20)
-    delta = b"".join(iter(uploads._Reading(Root(os.fsencode(tmp_path)), resumed, None, threading.Event()).piece, None))
+    delta = b"".join(
+        iter(uploads._Reading(Live([Root(os.fsencode(tmp_path))]), resumed, None, threading.Event()).piece, None)
+    )
     partial = Partial(0, b"f", False, 1 << 20, blake3.blake3(delta[: 1 << 20]).digest())
     skip = uploads._Reading.skip
     held: list[bool] = []

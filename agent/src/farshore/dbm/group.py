@@ -522,10 +522,10 @@ class Group:
             return "frozen", "units are stopped for a switch"
         if not sender.connected and not sender.comparing:
             return ("disconnected" if self._confirmed else "unconfirmed"), sender.reason
-        if sender.comparing or not sender.compared:
-            return "syncing", f"comparing with {peer} in full, {sender.looked_at} paths done"
         if sender.stuck:
             return "error", sender.stuck
+        if sender.comparing or not sender.compared:
+            return "syncing", f"comparing with {peer} in full, {sender.looked_at} paths done"
         if self._feed is not None and not self._feed.watching:
             return "error", "; ".join(self._feed.problems()) or "the watcher is still starting"
         if sender.in_step:
