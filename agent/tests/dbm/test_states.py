@@ -311,7 +311,7 @@ async def test_who_takes_no_snapshots_any_more_completes_what_is_open(pair: Pair
     await flush(pair)
     sender = pair.local.groups["web"]._sender
     assert sender is not None
-    await until(lambda: bool(plans) and not sender._uncommitted, "the replica was told that no more follows")
+    await until(lambda: bool(plans) and sender.seq >= plans[-1].seq and not sender._uncommitted, "it is told and noted")
     assert [(plan.more, plan.operations) for plan in plans] == [(False, 0)]
     await pair.local.stop()
     index = Index(config.state_dir / "groups" / "web" / "index.db")
