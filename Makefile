@@ -93,6 +93,14 @@ bench-quick: bench-deps ## Rows 1 to 7 in about ten minutes
 crash: setup ## Kill both nodes a thousand times while files change, in at most 40 minutes; writes build/crash/report.json
 	@$(BIN)/python agent/tests/crash.py --kills 1000 --minutes 40 --report build/crash/report.json
 
+POSTGRES_PACKAGES := postgresql postgresql-contrib btrfs-progs
+
+.PHONY: postgres-rehearsal
+postgres-rehearsal: setup ## Kill PostgreSQL and its node under load, N=20 times, and go on; writes build/postgres/report.json
+	@dpkg -s $(POSTGRES_PACKAGES) >/dev/null 2>&1 || \
+	  { apt-get -q update && apt-get -q -y install --no-install-recommends $(POSTGRES_PACKAGES); }
+	@$(BIN)/python agent/tests/rehearsal_postgres.py --failovers $(or $(N),20) --report build/postgres/report.json
+
 .PHONY: build
 build: setup ## The collection's tarball, in build/
 	@mkdir -p build

@@ -474,7 +474,7 @@ class Group:
     async def status(self) -> GroupStatus:
         """How the group is on this node."""
         sender = self._sender
-        oldest = self._dirty.oldest() if sender is not None else None
+        oldest = sender.oldest() if sender is not None else None
         problems = list(self._replica_problems)
         if sender is not None:
             problems += sender.problems() + (self._feed.problems() if self._feed else [])

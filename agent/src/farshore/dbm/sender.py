@@ -100,6 +100,8 @@ _ENOUGH = MAX_OPERATIONS // 2
 _ALL = 1 << 62
 #: Seconds for which the watcher may be asked, and after which a snapshot that failed is tried again.
 _BARRIER_SECONDS = 60.0
+#: The watcher may be so late to tell of a change on a busy machine.
+_SEEN_SECONDS = 0.5
 _AGAIN_SECONDS = 1.0
 
 
@@ -249,6 +251,8 @@ class Sender:
         self._barrier = barrier
         self._cycle: Cycle | None = None
         self._next_cycle = 0.0
+        #: What changed before is durable there: when the snapshot of the last complete state was about to be taken.
+        self._state_of = float("-inf")
         #: The last transaction that was sent, or one before this process began, said that more belongs to its state.
         self._open = False
         #: All marks below must be settled as soon as may be.
@@ -281,6 +285,13 @@ class Sender:
     def sent_bytes(self) -> int:
         """Bytes that were given to TLS so far."""
         return self._sent_before + (self._blocks.wire_bytes if self._blocks is not None else 0)
+
+    def oldest(self) -> float | None:
+        """When the oldest change was made that may not be durable there; None when all that was seen is."""
+        marked = self._dirty.oldest()
+        if marked is None or self._snapshots is None:
+            return marked
+        return max(marked - _SEEN_SECONDS, self._state_of)
 
     @property
     def in_step(self) -> bool:
@@ -770,6 +781,7 @@ class Sender:
             async with asyncio.timeout(_BARRIER_SECONDS):
                 await self._barrier()
             own = self._dirty.take(_ALL)
+            taken = time.monotonic()
             view = await self._loop.run_in_executor(self._snapshots.thread, self._snapshots.take)
             async with asyncio.timeout(_BARRIER_SECONDS):
                 await self._barrier()
@@ -784,7 +796,7 @@ class Sender:
         self._next_cycle = began + self._snapshots.config.interval
         planner.view = self._uploads.view = view
         batch = Batch.of(merged(own, later))
-        self._cycle = Cycle(own, later, len(batch.works))
+        self._cycle = Cycle(own, later, len(batch.works), taken)
         self._batches = [batch]
 
     async def _end_state(self, planner: Planner, index: Index) -> None:
@@ -801,6 +813,8 @@ class Sender:
         if planner.absent_roots:
             # Of what is not there, nothing was told; it is looked at again.
             self._dirty.restore(cycle.own)
+        else:
+            self._state_of = cycle.taken
         self._dirty.settle(cycle.own)
         self._dirty.restore(cycle.later)
         self._drop_snapshot()

@@ -12,12 +12,14 @@ from farshore.fmm.dirty import Dirty
 class Cycle:
     """``own`` is settled by the snapshot that is being sent; ``later`` may have changed after it was taken.
 
-    Both are in flight until the cycle ends. ``left`` counts the works that have not ended.
+    Both are in flight until the cycle ends. ``left`` counts the works that have not ended. ``taken``: the monotonic
+    clock just before the snapshot was taken.
     """
 
     own: list[Dirty]
     later: list[Dirty]
     left: int
+    taken: float
 
 
 def merged(own: Iterable[Dirty], later: Iterable[Dirty]) -> list[Dirty]:
