@@ -8,6 +8,9 @@ flush, both trees must be identical in content and metadata.
 SIGKILL ends a process and spares the kernel: what is in the page cache survives. What a power cut takes as well is
 not covered here.
 
+With ``--snapshots``, the source's tree is on btrfs, whole states are sent, and two more things are looked at: that
+nobody stays frozen, and that no snapshot is left behind.
+
     python agent/tests/crash.py --kills 1000 --minutes 40 --report build/crash/report.json
 """
 
@@ -33,12 +36,13 @@ from pathlib import Path
 from typing import Any
 
 import blake3
+from images import CannotMount, filesystem
 from nodes import free_ports
 from trees import Mutator, differences
 
 from farshore import log
 from farshore.cli.mirror import make_keys
-from farshore.config import Endpoint, NodeConfig, NodeGroup, NodeRef, PathConfig, Tls
+from farshore.config import Consistency, Endpoint, NodeConfig, NodeGroup, NodeRef, PathConfig, Tls
 from farshore.control import api, client
 from farshore.daemons import node
 from farshore.dbm.index import Index
@@ -49,7 +53,10 @@ from farshore.dbm.replica.staging import Stager
 from farshore.dbm.replica.tree import Tree
 from farshore.dbm.replica.upload import Upload
 from farshore.dbm.sender import Sender, _Pending
+from farshore.dbm.snapshots import Snapshots
+from farshore.dbm.work import Batch
 from farshore.errors import FarshoreError
+from farshore.fmm.dirty import DirtySet
 
 GROUP = "crash"
 ROOTS = ("random", "whole")
@@ -63,6 +70,12 @@ STEPS: dict[str, dict[str, tuple[type, str]]] = {
         "a number is committed": (Sender, "_commit_index"),
         "paths are in doubt": (Planner, "doubt"),
         "a job is delivered": (Planner, "deliver"),
+        "a snapshot is taken": (Snapshots, "take"),
+        "writers are woken": (Snapshots, "_thaw"),
+        "a snapshot is dropped": (Snapshots, "drop"),
+        "a cycle begins": (Batch, "of"),
+        "a state is completed": (Planner, "end_of_state"),
+        "a state is settled": (DirtySet, "settle"),
     },
     "replica": {
         "a transaction is complete": (Stager, "_commit"),
@@ -81,6 +94,10 @@ STEPS: dict[str, dict[str, tuple[type, str]]] = {
         "an upload is synced": (Building, "sync"),
     },
 }
+#: The steps of them that are reached with snapshots only.
+_WITH_SNAPSHOTS = frozenset(
+    {"a snapshot is taken", "writers are woken", "a snapshot is dropped", "a state is completed"}
+)
 _READY_SECONDS = 60.0
 _FLUSH_SECONDS = 120.0
 #: How long a round waits for the step at which a node is to die.
@@ -145,6 +162,13 @@ class Process:
                 self._status = status
         return self._status is None
 
+    def terminate(self) -> None:
+        """SIGTERM, and wait; raises Failed when it ends otherwise than by itself."""
+        os.kill(self.pid, signal.SIGTERM)
+        self._status = os.waitpid(self.pid, 0)[1]
+        if self._status != 0:
+            raise Failed(f"process {self.pid} did not end well: {self._status}")
+
     def end(self) -> bool:
         """Kill it and wait; returns False when it had ended already."""
         if not self.alive:
@@ -157,8 +181,10 @@ class Process:
 class Campaign:
     """Two nodes below ``base``, a workload, an observer, and the one who kills."""
 
-    def __init__(self, base: Path, seed: int, say: Callable[[str], None]) -> None:
+    def __init__(self, base: Path, seed: int, say: Callable[[str], None], disk: Path | None = None) -> None:
+        """With ``disk``, a btrfs, the source's tree lies there and is sent by snapshots."""
         self.base = base
+        self._disk = disk
         self.result = Result(seed)
         self._say = say
         self._chance = random.Random(seed)
@@ -174,7 +200,17 @@ class Campaign:
 
     def tree(self, side: str) -> Path:
         """Where the protected paths of a side are."""
-        return self.base / f"{side}-tree"
+        where = self._disk if self._disk is not None and side == "source" else self.base
+        return where / f"{side}-tree"
+
+    @property
+    def _frozen(self) -> Path:
+        return self.base / "frozen"
+
+    def _consistency(self) -> Consistency:
+        if self._disk is None:
+            return Consistency()
+        return Consistency("snapshot", interval=0.1, freeze=f"touch {self._frozen}", thaw=f"rm -f {self._frozen}")
 
     def run(self, kills: int, seconds: float) -> Result:
         """Kill until there were so many kills, or so many seconds have passed, or something went wrong."""
@@ -196,6 +232,7 @@ class Campaign:
                     told = self.result.kills
                     self._say(f"{self.result.seconds:6.0f} s  {told} of {kills} kills, {self.result.rounds} rounds")
             self._check_leftovers()
+            self._check_snapshots()
             self.result.observed = self._observed()
         except (Failed, FarshoreError, OSError) as error:
             self.result.failures.append(f"round {self.result.rounds}: {error or type(error).__name__}")
@@ -213,7 +250,7 @@ class Campaign:
         label = ""
         if len(victims) == 1 and self._chance.random() < 0.6:
             (victim,) = victims
-            step = self._chance.choice(sorted(STEPS[victim]))
+            step = self._chance.choice(sorted(set(STEPS[victim]) - (set() if self._disk else _WITH_SNAPSHOTS)))
             when = self._chance.choice(["before", "after"])
             label = f"{victim}: {when} {step}"
             self._kill(victim, f"{victim}: at rest")
@@ -286,6 +323,15 @@ class Campaign:
                 if name.startswith(".farshore"):
                     raise Failed(f"{directory}/{name} was left behind")
 
+    def _check_snapshots(self) -> None:
+        """When the source has ended in good order, nothing tells of snapshots any more."""
+        if self._disk is None:
+            return
+        self._nodes["source"].terminate()
+        left = [*self._disk.glob(".farshore*"), *self.tree("source").glob(".farshore*")]
+        if left or self._frozen.exists():
+            raise Failed(f"{left} are left behind, and writers are {'frozen' if self._frozen.exists() else 'awake'}")
+
     def _tidy(self) -> None:
         """Keep the tree small enough that a round is short."""
         tree = self.tree("source") / "random"
@@ -306,6 +352,7 @@ class Campaign:
             side="local" if side == "source" else "remote",
             peer=NodeRef(peer, "127.0.0.1", self._ports[peer]),
             paths=tuple(PathConfig(f"/{name}", str(self.tree(side) / name)) for name in ROOTS),
+            consistency=self._consistency(),
         )
         return NodeConfig(
             side,
@@ -460,13 +507,22 @@ def main() -> int:
     parser.add_argument(
         "--minutes", type=float, default=40.0, metavar="M", help="at most so long; default: %(default)g"
     )
+    parser.add_argument("--snapshots", action="store_true", help="send snapshots of a btrfs")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().getrandbits(32), metavar="N")
     parser.add_argument("--dir", type=Path, metavar="DIR", help="work there, and leave it (default: a temporary one)")
     parser.add_argument("--report", type=Path, metavar="FILE", help="write the figures there, as JSON")
     options = parser.parse_args()
     print(f"seed {options.seed}", flush=True)
     base = options.dir or Path(tempfile.mkdtemp(prefix="farshore-crash-"))
-    result = Campaign(base, options.seed, lambda text: print(text, flush=True)).run(options.kills, options.minutes * 60)
+    base.mkdir(exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        try:
+            disk = stack.enter_context(filesystem("btrfs", base, 2048)) if options.snapshots else None
+        except CannotMount as error:
+            print(f"cannot be tried here: {error}")
+            return 77
+        campaign = Campaign(base, options.seed, lambda text: print(text, flush=True), disk)
+        result = campaign.run(options.kills, options.minutes * 60)
     if result.failures:
         print(f"what is left of it is in {base}")
     elif options.dir is None:

@@ -388,6 +388,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=random.SystemRandom().getrandbits(32), metavar="N")
     parser.add_argument("--report", type=Path, metavar="FILE", help="write the figures there, as JSON")
     options = parser.parse_args(arguments)
+    # Whoever ends us finds no mounts and no servers left.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     base = Path(tempfile.mkdtemp(prefix="farshore-postgres-"))
     failure, rounds = "", []
     print(f"seed {options.seed}", flush=True)

@@ -99,8 +99,8 @@ class Group:
 
     async def start(self) -> None:
         """Take up the role that is on record."""
-        # Whatever the role: a process that died may have left somebody frozen.
-        await asyncio.get_running_loop().run_in_executor(self._snapshots.thread, self._snapshots.recover)
+        # Whatever the role: a process that died may have left somebody frozen. A new snapshot comes after that.
+        self._snapshots.thread.submit(self._snapshots.recover)
         async with self._change:
             if not self.owns or self._sender is not None:
                 return

@@ -60,8 +60,6 @@ Check = Callable[[], None]
 class SnapshotFailed(FarshoreError):
     """No snapshot: {0}"""
 
-    exit_code = 28
-
 
 class Snapshots:
     """Takes and removes the snapshots of ``roots``; remembers in the directory ``state`` what must be undone."""
