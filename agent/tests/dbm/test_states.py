@@ -298,6 +298,23 @@ async def test_without_a_snapshot_nothing_is_sent_and_the_cause_is_told(disk: Pa
         await until(lambda: not pair.local.groups["web"]._sender.stuck, "it goes on")  # type: ignore[union-attr]
 
 
+async def test_a_missing_path_is_no_wish_to_empty_the_replica(pair: Pair) -> None:
+    (pair.local_tree / "a").write_text("1")
+    await pair.own("local", 1)
+    await flush(pair)
+    aside = pair.local_tree.with_name("aside")
+    pair.local_tree.rename(aside)
+    with pytest.raises(NotInTime, match="local-tree"):
+        await pair.local.groups["web"].flush(2)
+    group = pair.local.groups["web"]
+    await until(lambda: group._state_and_reason()[0] == "error", "it is told")
+    assert (pair.remote_tree / "a").read_text() == "1"
+    aside.rename(pair.local_tree)
+    (pair.local_tree / "b").write_text("2")
+    await flush(pair)
+    assert differences(pair.local_tree, pair.remote_tree) == []
+
+
 async def test_who_takes_no_snapshots_any_more_completes_what_is_open(pair: Pair, plans: list[Planned]) -> None:
     (pair.local_tree / "a").write_text("1")
     await pair.own("local", 1)
@@ -348,3 +365,148 @@ def test_what_is_told_twice_is_looked_at_once() -> None:
         (b"d/f", Kind.MODIFIED | Kind.ATTRIBUTES),
     ]
     assert found[-1].inodes == frozenset({(1, 2)})
+
+
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """While it is set, no state is ever told to be complete."""
+    event = threading.Event()
+    transaction, end_state = Planner.transaction, Sender._end_state
+
+    def never_last(self: Planner, batch: Any, seq: int, more: Any = None) -> Planned:
+        return transaction(self, batch, seq, (lambda plan: True) if event.is_set() else more)
+
+    async def not_yet(self: Sender, *arguments: Any) -> None:
+        if event.is_set():
+            await asyncio.sleep(0.01)
+        else:
+            await end_state(self, *arguments)
+
+    monkeypatch.setattr(Planner, "transaction", never_last)
+    monkeypatch.setattr(Sender, "_end_state", not_yet)
+    return event
+
+
+async def half_sent(pair: Pair, held: threading.Event) -> None:
+    """The replica has 1 everywhere, and all of the state with 2 but its end."""
+    for name in ("a", "b"):
+        (pair.local_tree / name).write_text("1")
+    (pair.local_tree / "large").write_bytes(b"1" * 300_000)
+    await pair.own("local", 1)
+    await flush(pair)
+    replica = pair.remote.groups["web"]
+    await until(lambda: replica._record.synced_once, "the replica was not told that it is in step")
+    held.set()
+    for name in ("a", "b"):
+        (pair.local_tree / name).write_text("2")
+    (pair.local_tree / "large").write_bytes(b"1" * 300_000 + b"2")
+    (pair.local_tree / "c").write_text("2")
+    sender = pair.local.groups["web"]._sender
+    assert sender is not None
+    await until(
+        lambda: sender._cycle is not None and not sender._cycle.left and sender._open and not sender._flights,
+        "all of it but its end is durable",
+    )
+
+
+def has(pair: Pair, number: str) -> bool:
+    tree = pair.remote_tree
+    large = b"1" * 300_000 + (b"2" if number == "2" else b"")
+    return (
+        (tree / "a").read_text() == (tree / "b").read_text() == number
+        and (tree / "large").read_bytes() == large
+        and (tree / "c").exists() == (number == "2")
+    )
+
+
+async def test_an_incomplete_state_is_not_promoted(pair: Pair, held: threading.Event) -> None:
+    await half_sent(pair, held)
+    assert has(pair, "1")
+    status = (await pair.local.status()).groups["web"]
+    assert not status.in_step and status.rpo and status.backlog_paths
+    with pytest.raises(NotInTime):
+        await pair.local.groups["web"].flush(0.3)
+    await pair.local.stop()
+    await pair.remote.groups["web"].set_owner("remote", 2, False)
+    assert has(pair, "1")
+    # And it does not come back: the other side gets what this one has.
+    held.clear()
+    pair.local = Node(pair.local.config)
+    await pair.local.start(None)
+    await pair.local.groups["web"].set_owner("remote", 2, False)
+    await pair.remote.groups["web"].flush(60)
+    assert differences(pair.local_tree, pair.remote_tree) == []
+    assert has(pair, "1")
+
+
+@pytest.mark.parametrize("victims", [("local",), ("remote",), ("remote", "local")])
+async def test_an_incomplete_state_is_completed(pair: Pair, held: threading.Event, victims: tuple[str, ...]) -> None:
+    """By the next one, also when what was meant to end it never comes."""
+    await half_sent(pair, held)
+    for victim in victims:
+        await pair.restart(victim)
+        assert has(pair, "1")
+    # Of what was sent some is as it was before.
+    (pair.local_tree / "a").write_text("3")
+    (pair.local_tree / "b").write_text("1")
+    (pair.local_tree / "c").unlink()
+    (pair.local_tree / "large").write_bytes(b"4" * 300_000)
+    held.clear()
+    await flush(pair)
+    assert differences(pair.local_tree, pair.remote_tree) == []
+
+
+async def test_a_comparison_in_full_forgets_an_incomplete_state(pair: Pair, held: threading.Event) -> None:
+    """What the source learns of the replica's tree is all that it relies on from then on."""
+    await half_sent(pair, held)
+    await pair.local.stop()
+    for each in (pair.local.config.state_dir / "groups" / "web").glob("index.db*"):
+        each.unlink()
+    for name in ("a", "b"):
+        (pair.local_tree / name).write_text("1")
+    (pair.local_tree / "large").write_bytes(b"1" * 300_000)
+    (pair.local_tree / "c").unlink()
+    held.clear()
+    pair.local = Node(pair.local.config)
+    await pair.local.start(None)
+    await flush(pair)
+    assert differences(pair.local_tree, pair.remote_tree) == []
+    assert has(pair, "1")
+
+
+async def test_what_is_promoted_is_of_one_moment(pair: Pair) -> None:
+    """Two files are written one after the other, each synced; the source dies at any moment."""
+    tree = pair.local_tree
+
+    def put(name: str, number: int) -> None:
+        temporary = tree / f".{name}"
+        with temporary.open("wb") as file:
+            file.write(b"%d " % number + bytes(90_000))
+            os.fsync(file.fileno())
+        temporary.rename(tree / name)
+        directory = os.open(tree, os.O_RDONLY | os.O_DIRECTORY)
+        os.fsync(directory)
+        os.close(directory)
+
+    numbers = itertools.count(1)
+
+    def step() -> None:
+        number = next(numbers)
+        put("first", number)
+        put("second", number)
+
+    step()
+    await pair.own("local", 1)
+    await flush(pair)
+    with changing(step):
+        sender = pair.local.groups["web"]._sender
+        assert sender is not None
+        seq = sender.seq
+        await until(lambda: sender.seq >= seq + 8, "states are sent under load")
+        await pair.local.stop()
+    await pair.remote.groups["web"].set_owner("remote", 2, False)
+    first, second = (int((pair.remote_tree / name).read_bytes().split()[0]) for name in ("first", "second"))
+    assert second <= first <= second + 1
+    assert first > 1
+    pair.local = Node(pair.local.config)
+    await pair.local.start(None)

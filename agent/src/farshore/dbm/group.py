@@ -311,12 +311,12 @@ class Group:
         return f"all of {self.name} is durable on {self.config.peer.node}"
 
     async def _marked(self) -> int:
-        """Return when all that changed before is marked as dirty."""
+        """Return when all that changed before is marked as dirty; raises FarshoreError when nothing is watched."""
         if self._feed is None:
             raise NotOwner(self.name, self._record.owner, self.config.side)
         if self._paused:
             raise Paused(self.name)
-        return await self._barrier(self._feed)
+        return await asyncio.wrap_future(self._feed.barrier())
 
     @staticmethod
     async def _barrier(feed: Feed) -> int:

@@ -760,7 +760,7 @@ class Sender:
         try:
             await self._begin_cycle(planner)
         except (FarshoreError, OSError, TimeoutError) as error:
-            text = str(error) or "the watcher does not answer"
+            text = str(error) or "the watcher is still starting"
             if text != self.stuck:
                 _log.warning("no snapshot", group=self._group, reason=text)
             self.stuck = text
