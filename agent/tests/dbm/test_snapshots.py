@@ -97,6 +97,32 @@ def test_it_is_taken_between_the_hooks(hooks: Hooks, how: Any) -> None:
     assert hooks.left() == []
 
 
+def test_what_is_of_no_single_moment_is_told(hooks: Hooks, disk: Path) -> None:
+    roots = [Root(os.fsencode(hooks.tree))]
+    copies = Snapshots("web", Consistency("snapshot", "reflink"), roots, hooks.state)
+    copies.take()
+    assert "one after the other" in copies.problems()[0]
+    copies.close()
+    one = Snapshots("web", Consistency("snapshot"), roots, hooks.state)
+    one.take()
+    assert one.problems() == []
+    one.close()
+    (disk / "other").mkdir()
+    two = Snapshots("web", Consistency("snapshot"), [*roots, Root(os.fsencode(disk / "other"))], hooks.state)
+    view = two.take()
+    assert "the paths lie in 2 subvolumes" in two.problems()[0]
+    for number in (0, 1):
+        seen = view.observe(number, b"")
+        assert seen is not None
+        assert seen.dev == os.stat([hooks.tree, disk / "other"][number]).st_dev
+    two.close()
+    (disk / "other").rmdir()
+    still = hooks.snapshots(snapshot="reflink", timeout=30.0)
+    still.take()
+    assert still.problems() == []
+    still.close()
+
+
 def test_what_we_make_does_not_touch_the_directory(hooks: Hooks) -> None:
     before = hooks.tree.stat().st_mtime_ns
     for how in ("btrfs", "reflink"):

@@ -72,14 +72,15 @@ class Snapshots:
         self._frozen_path = state / "frozen.json"
         self._waking = threading.Lock()
         self._problem = ""
+        self._notice = ""
         #: The one thread in which everything here happens.
         self.thread = ThreadPoolExecutor(1, thread_name_prefix=f"snapshot-{group}")
         #: Seconds for which writers stood still for the last snapshot.
         self.frozen_seconds = 0.0
 
     def problems(self) -> list[str]:
-        """What could not be undone."""
-        return [self._problem] if self._problem else []
+        """What could not be undone, and what keeps a snapshot from being of one moment."""
+        return [text for text in (self._notice, self._problem) if text]
 
     def recover(self) -> None:
         """Wake whom a process froze that died, and remove what it left behind; what fails is a problem, no error."""
@@ -242,6 +243,7 @@ class Snapshots:
     def _method(self) -> Callable[[Check], View]:
         """How to take a snapshot of all roots; all that can be found out before anybody is frozen is checked."""
         paths = [self._real(root) for root in self._roots]
+        self._notice = ""
         wanted = self.config.snapshot
         if wanted in ("auto", "btrfs"):
             others = [path for path in paths if not _is_btrfs(path)]
@@ -261,6 +263,10 @@ class Snapshots:
     def _btrfs(self, paths: Sequence[bytes]) -> Callable[[Check], View]:
         tops = [_subvolume(path) for path in paths]
         places = {top: self._make_place(top) for top in sorted(set(tops))}
+        if len(places) > 1 and not self.config.freeze:
+            self._notice = (
+                f"the paths lie in {len(places)} subvolumes, and nothing freezes who writes to them meanwhile"
+            )
         for root, path, top in zip(self._roots, paths, tops, strict=True):
             _check_whole(root, path, top)
 
@@ -288,6 +294,8 @@ class Snapshots:
     def _reflink(self, paths: Sequence[bytes]) -> Callable[[Check], View]:
         places = [self._make_place(path if os.path.isdir(path) else os.path.dirname(path)) for path in paths]
         filters = [Filter(root) for root in self._roots]
+        if not self.config.freeze:
+            self._notice = "files are copied one after the other, and nothing freezes who writes to them meanwhile"
 
         def take(check: Check) -> View:
             catalogue = Catalogue(time.time_ns())
