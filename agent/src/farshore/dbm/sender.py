@@ -687,9 +687,16 @@ class Sender:
         cycle = self._cycle
         # Large files that are still read, and batches that wait, leave works behind that have not ended.
         plan = planner.transaction(batch, seq, None if cycle is None else lambda plan: cycle.left > len(plan.ended))
-        if plan.frames and self._pending is not None:
-            self._pending.add(plan)
+        if plan.frames:
+            self._write_down(index, plan)
         return plan
+
+    def _write_down(self, index: Index, plan: Planned) -> None:
+        """Note what is about to leave; with the first that no state goes on behind, none is open on the replica."""
+        if self._open and self._snapshots is None:
+            index.set_fact(OPEN, b"0")
+        if self._pending is not None:
+            self._pending.add(plan)
 
     async def _commit(self, index: Index) -> None:
         await self._in_worker(self._commit_index, index)
@@ -802,10 +809,15 @@ class Sender:
     async def _end_state(self, planner: Planner, index: Index) -> None:
         """Tell the replica that the state is complete, with a transaction of its own."""
         async with self._between:
-            plan = planner.end_of_state(self._last + 1)
-            await self._in_worker(self._note_closed, index, plan)
+            plan = await self._in_worker(self._plan_end, index, planner, self._last + 1)
             self._note_flight(plan)
             await self.send(plan.frames)
+
+    def _plan_end(self, index: Index, planner: Planner, seq: int) -> Planned:
+        index.begin()
+        plan = planner.end_of_state(seq)
+        self._write_down(index, plan)
+        return plan
 
     async def _end_cycle(self, index: Index, planner: Planner, cycle: Cycle) -> None:
         """All of a state is durable there, and complete."""
@@ -835,13 +847,6 @@ class Sender:
         index.set_fact(OPEN, b"1")
         index.commit()
         return True
-
-    def _note_closed(self, index: Index, plan: Planned) -> None:
-        index.begin()
-        if self._snapshots is None:
-            index.set_fact(OPEN, b"0")
-        if self._pending is not None:
-            self._pending.add(plan)
 
     # --- listening
 
