@@ -110,6 +110,14 @@ powerloss-deps:
 powerloss: setup powerloss-deps ## Cut the power of both machines' disks 200 times, in at most 30 minutes; writes build/powerloss/report.json
 	@$(BIN)/python agent/tests/powerloss.py --cuts 200 --minutes 30 --report build/powerloss/report.json
 
+POSTGRES_PACKAGES := postgresql postgresql-contrib btrfs-progs
+
+.PHONY: postgres-rehearsal
+postgres-rehearsal: setup ## Kill PostgreSQL and its node under load, N=20 times, and go on; writes build/postgres/report.json
+	@dpkg -s $(POSTGRES_PACKAGES) >/dev/null 2>&1 || \
+	  { apt-get -q update && apt-get -q -y install --no-install-recommends $(POSTGRES_PACKAGES); }
+	@$(BIN)/python agent/tests/rehearsal_postgres.py --failovers $(or $(N),20) --report build/postgres/report.json
+
 .PHONY: build
 build: setup ## The collection's tarball, in build/
 	@mkdir -p build

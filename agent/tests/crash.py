@@ -7,6 +7,9 @@ flush, both trees must be identical in content and metadata.
 
 SIGKILL ends a process and spares the kernel: what is in the page cache survives. ``powerloss.py`` takes that as well.
 
+With ``--snapshots``, the source's tree is on btrfs, whole states are sent, and two more things are looked at: that
+nobody stays frozen, and that no snapshot is left behind.
+
     python agent/tests/crash.py --kills 1000 --minutes 40 --report build/crash/report.json
 """
 
@@ -32,12 +35,13 @@ from pathlib import Path
 from typing import Any
 
 import blake3
+from images import CannotMount, filesystem
 from nodes import free_ports
 from trees import Mutator, differences
 
 from farshore import log
 from farshore.cli.mirror import make_keys
-from farshore.config import BrakeConfig, Endpoint, NodeConfig, NodeGroup, NodeRef, PathConfig, Tls
+from farshore.config import BrakeConfig, Consistency, Endpoint, NodeConfig, NodeGroup, NodeRef, PathConfig, Tls
 from farshore.control import api, client
 from farshore.daemons import node
 from farshore.dbm.index import Index
@@ -51,7 +55,10 @@ from farshore.dbm.replica.staging import Stager
 from farshore.dbm.replica.tree import Tree
 from farshore.dbm.replica.upload import Upload
 from farshore.dbm.sender import Sender, _Pending
+from farshore.dbm.snapshots import Snapshots
+from farshore.dbm.work import Batch
 from farshore.errors import FarshoreError
+from farshore.fmm.dirty import DirtySet
 
 GROUP = "crash"
 ROOTS = ("random", "whole")
@@ -65,6 +72,12 @@ STEPS: dict[str, dict[str, tuple[type, str]]] = {
         "a number is committed": (Sender, "_commit_index"),
         "paths are in doubt": (Planner, "doubt"),
         "a job is delivered": (Planner, "deliver"),
+        "a snapshot is taken": (Snapshots, "take"),
+        "writers are woken": (Snapshots, "_thaw"),
+        "a snapshot is dropped": (Snapshots, "drop"),
+        "a cycle begins": (Batch, "of"),
+        "a state is completed": (Planner, "end_of_state"),
+        "a state is settled": (DirtySet, "settle"),
     },
     "replica": {
         "a transaction is complete": (Stager, "_commit"),
@@ -91,6 +104,10 @@ STEPS: dict[str, dict[str, tuple[type, str]]] = {
         "an upload is synced": (Building, "sync"),
     },
 }
+#: The steps of them that are reached with snapshots only.
+_WITH_SNAPSHOTS = frozenset(
+    {"a snapshot is taken", "writers are woken", "a snapshot is dropped", "a state is completed"}
+)
 _READY_SECONDS = 60.0
 _FLUSH_SECONDS = 120.0
 #: How long a round waits for the step at which a node is to die.
@@ -155,6 +172,13 @@ class Process:
                 self._status = status
         return self._status is None
 
+    def terminate(self) -> None:
+        """SIGTERM, and wait; raises Failed when it ends otherwise than by itself."""
+        os.kill(self.pid, signal.SIGTERM)
+        self._status = os.waitpid(self.pid, 0)[1]
+        if self._status != 0:
+            raise Failed(f"process {self.pid} did not end well: {self._status}")
+
     def send(self, number: signal.Signals) -> bool:
         """Send it a signal; returns False when it has ended."""
         if not self.alive:
@@ -178,8 +202,10 @@ class Campaign:
     #: Whether whole files are written so that a power cut leaves them whole.
     syncs = False
 
-    def __init__(self, base: Path, result: Result, say: Callable[[str], None]) -> None:
+    def __init__(self, base: Path, result: Result, say: Callable[[str], None], disk: Path | None = None) -> None:
+        """With ``disk``, a btrfs, the source's tree lies there and is sent by snapshots."""
         self.base = base
+        self._disk = disk
         self.result = result
         self._say = say
         self._chance = random.Random(result.seed)
@@ -195,7 +221,17 @@ class Campaign:
 
     def tree(self, side: str) -> Path:
         """Where the protected paths of a side are."""
-        return self.base / f"{side}-tree"
+        where = self._disk if self._disk is not None and side == "source" else self.base
+        return where / f"{side}-tree"
+
+    @property
+    def _frozen(self) -> Path:
+        return self.base / "frozen"
+
+    def _consistency(self) -> Consistency:
+        if self._disk is None:
+            return Consistency()
+        return Consistency("snapshot", interval=0.1, freeze=f"touch {self._frozen}", thaw=f"rm -f {self._frozen}")
 
     def state(self, side: str) -> Path:
         """Where a side's node keeps what it must remember."""
@@ -221,6 +257,7 @@ class Campaign:
                         f"{self.result.seconds:6.0f} s  {told} of {kills} {self.unit}, {self.result.rounds} rounds"
                     )
             self._check_leftovers()
+            self._check_snapshots()
             self._end_observer()
         except (Failed, FarshoreError, OSError) as error:
             self.result.failures.append(f"round {self.result.rounds}: {error or type(error).__name__}")
@@ -238,7 +275,7 @@ class Campaign:
         label = ""
         if len(victims) == 1 and self._chance.random() < 0.6:
             (victim,) = victims
-            step = self._chance.choice(sorted(STEPS[victim]))
+            step = self._chance.choice(sorted(set(STEPS[victim]) - (set() if self._disk else _WITH_SNAPSHOTS)))
             when = self._chance.choice(["before", "after"])
             label = f"{victim}: {when} {step}"
             self._kill(victim, f"{victim}: at rest")
@@ -328,6 +365,15 @@ class Campaign:
                 if name.startswith(".farshore"):
                     raise Failed(f"{directory}/{name} was left behind")
 
+    def _check_snapshots(self) -> None:
+        """When the source has ended in good order, nothing tells of snapshots any more."""
+        if self._disk is None:
+            return
+        self._nodes["source"].terminate()
+        left = [*self._disk.glob(".farshore*"), *self.tree("source").glob(".farshore*")]
+        if left or self._frozen.exists():
+            raise Failed(f"{left} are left behind, and writers are {'frozen' if self._frozen.exists() else 'awake'}")
+
     def _tidy(self) -> None:
         """Keep the tree small enough that a round is short."""
         tree = self.tree("source") / "random"
@@ -350,6 +396,7 @@ class Campaign:
             paths=tuple(PathConfig(f"/{name}", str(self.tree(side) / name)) for name in ROOTS),
             # What changes here all the time is most of the tree.
             brake=BrakeConfig("off"),
+            consistency=self._consistency(),
         )
         return NodeConfig(
             side,
@@ -516,6 +563,7 @@ def main() -> int:
     parser.add_argument(
         "--minutes", type=float, default=40.0, metavar="M", help="at most so long; default: %(default)g"
     )
+    parser.add_argument("--snapshots", action="store_true", help="send snapshots of a btrfs")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().getrandbits(32), metavar="N")
     parser.add_argument("--dir", type=Path, metavar="DIR", help="work there, and leave it (default: a temporary one)")
     parser.add_argument("--report", type=Path, metavar="FILE", help="write the figures there, as JSON")
@@ -523,7 +571,15 @@ def main() -> int:
     print(f"seed {options.seed}", flush=True)
     base = options.dir or Path(tempfile.mkdtemp(prefix="farshore-crash-"))
     result = Result(options.seed)
-    Campaign(base, result, lambda text: print(text, flush=True)).run(options.kills, options.minutes * 60)
+    base.mkdir(exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        try:
+            disk = stack.enter_context(filesystem("btrfs", base, 2048)) if options.snapshots else None
+        except CannotMount as error:
+            print(f"cannot be tried here: {error}")
+            return 77
+        campaign = Campaign(base, result, lambda text: print(text, flush=True), disk)
+        campaign.run(options.kills, options.minutes * 60)
     if result.failures:
         print(f"what is left of it is in {base}")
     elif options.dir is None:

@@ -10,7 +10,17 @@ from typing import Any
 
 import pytest
 
-from farshore.config import Bandwidth, BrakeConfig, MonitorConfig, NodeConfig, Verification, Window, load, parse
+from farshore.config import (
+    Bandwidth,
+    BrakeConfig,
+    Consistency,
+    MonitorConfig,
+    NodeConfig,
+    Verification,
+    Window,
+    load,
+    parse,
+)
 from farshore.errors import ConfigError
 
 NODE: dict[str, Any] = {
@@ -62,6 +72,27 @@ def changed(base: dict[str, Any], keys: list[Any], value: object) -> dict[str, A
         at = at[key]
     at[keys[-1]] = value
     return data
+
+
+WRONG_CONSISTENCIES: list[tuple[dict[str, Any], str]] = [
+    ({"mode": "frozen"}, r"mode: 'frozen' is not allowed; allowed: 'none', 'snapshot'"),
+    ({"mode": "snapshot", "snapshot": "lvm"}, r"snapshot: 'lvm' is not allowed; allowed: 'auto', 'btrfs', 'reflink'"),
+    ({"interval": 0}, r"interval: 0 is not in 0\.1\.\.86400 seconds"),
+    ({"timeout": 9999}, r"timeout: 9999 is not in 0\.1\.\.3600 seconds"),
+    ({"mode": "snapshot", "freeze": "x"}, r"thaw: is missing; freeze needs it"),
+    ({"mode": "snapshot", "thaw": "x"}, r"freeze: is missing; thaw needs it"),
+    ({"freeze": "x", "thaw": "y"}, r"mode: 'none' takes no freeze and thaw; snapshot does"),
+]
+
+
+@pytest.mark.parametrize(("given", "message"), WRONG_CONSISTENCIES)
+def test_a_consistency_that_cannot_be_is_named(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=r"^groups\.web\.consistency\." + message):
+        parse(changed(NODE, ["groups", "web", "consistency"], given), NodeConfig)
+
+
+def test_consistency_has_defaults() -> None:
+    assert parse(NODE, NodeConfig).groups["web"].consistency == Consistency("none", "auto", 5.0, "", "", 10.0)
 
 
 def window(**keys: object) -> dict[str, Any]:

@@ -22,14 +22,23 @@ SITE_OF = {"ldrg": "ldc", "local_servers": "ldc", "rdrg": "rbc", "backup_servers
 _GROUP_KEYS = (
     "local_server", "backup_server", "paths", "services", "units",
     "failover", "failback", "rpo", "hold_down", "step_timeout", "bandwidth", "compress", "brake", "verify",
+    "consistency", "history",
 )  # fmt: skip
 _SITE_KEYS = ("network", "public_address")
 _PATH_KEYS = ("path", "replica", "include", "exclude")
 _SERVICE_KEYS = ("port", "protocol", "backend_port", "check")
 _CHECK_KEYS = ("kind", "interval", "timeout", "rise", "fall", "path", "host", "statuses")
 _RPO_KEYS = ("warn", "critical")
+_CONSISTENCY_KEYS = ("mode", "snapshot", "interval", "freeze", "thaw", "timeout")
+#: Of the keys that are numbers of seconds, what the agent allows.
+_CONSISTENCY_SECONDS = {"interval": (0.1, 86400), "timeout": (0.1, 3600)}
 _BANDWIDTH_KEYS = ("limit", "schedule")
 _BRAKE_KEYS = ("mode", "window", "most_share", "least_files", "entropy_share")
+_HISTORY_AGES = {"all": "24h", "hourly": "7d", "daily": "90d"}
+_HISTORY_KEYS = (*_HISTORY_AGES, "space")
+_DURATION = re.compile(r"([0-9]{1,6})([smhd]?)")
+_UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400}
+_SPACE = re.compile(r"([0-9]{1,9}) ?(%|MB|GB|TB)")
 _VERIFY_KEYS = ("every", "contents", "rate", "days", "from", "to")
 _PERIODS = ("never", "day", "week", "month")
 _WINDOW_KEYS = ("days", "from", "to", "limit")
@@ -61,7 +70,7 @@ def node_groups(intent: Intent, host: str, hostvars: HostVars, replica_root: str
             }
             if group.get("units"):
                 entry["units"] = list(group["units"])
-            for key in ("rpo", "bandwidth", "verify"):
+            for key in ("rpo", "bandwidth", "verify", "consistency", "history"):
                 if group.get(key):
                     entry[key] = dict(group[key])
             if "compress" in group:
@@ -261,6 +270,8 @@ def _group_errors(where: str, name: Any, group: Any, groups: Mapping[str, Sequen
     yield from _verify_errors(f"{where}.verify", group.get("verify", {}))
     if not isinstance(group.get("compress", True), bool):
         yield f"{where}.compress: {group['compress']!r} is not allowed; allowed: true, false"
+    yield from _consistency_errors(f"{where}.consistency", group.get("consistency", {}))
+    yield from _history_errors(f"{where}.history", group.get("history", {}))
     yield from _list_errors(where, group, "paths", _path_errors)
     yield from _list_errors(where, group, "services", _service_errors)
     for i, unit in enumerate(group.get("units") or []):
@@ -359,6 +370,27 @@ def _verify_errors(where: str, verify: Any) -> Iterator[str]:
     yield from _time_errors(where, verify)
 
 
+def _consistency_errors(where: str, item: Any) -> Iterator[str]:
+    yield from _keys(where, item, _CONSISTENCY_KEYS)
+    if not isinstance(item, Mapping):
+        return
+    mode = item.get("mode", "none")
+    for key, allowed in (("mode", ("none", "snapshot")), ("snapshot", ("auto", "btrfs", "reflink"))):
+        if item.get(key, allowed[0]) not in allowed:
+            yield f"{where}.{key}: {item[key]!r} is not allowed; allowed: {', '.join(allowed)}"
+    for key, (least, most) in _CONSISTENCY_SECONDS.items():
+        value = item.get(key, least)
+        if not _is_number(value) or not least <= value <= most:
+            yield f"{where}.{key}: {value!r} is not in {least}..{most} seconds"
+    for key, other in (("freeze", "thaw"), ("thaw", "freeze")):
+        if not isinstance(item.get(key, ""), str):
+            yield f"{where}.{key}: {item[key]!r} is not a shell command"
+        elif item.get(key) and not item.get(other):
+            yield f"{where}.{other}: is missing; {key} needs it"
+    if item.get("freeze") and mode == "none":
+        yield f"{where}.mode: {mode!r} takes no freeze and thaw; snapshot does"
+
+
 def _window_errors(where: str, item: Any) -> Iterator[str]:
     yield from _keys(where, item, _WINDOW_KEYS, required=("limit",))
     if not isinstance(item, Mapping):
@@ -380,6 +412,26 @@ def _time_errors(where: str, item: Mapping[str, Any]) -> Iterator[str]:
             yield f"{where}.{key}: {value!r} is not a time of day in '00:00'..'24:00', in quotes"
     if times["from"] == times["to"]:
         yield f"{where}: from {times['from']} to {times['to']} is no time at all; a whole day is '00:00' to '24:00'"
+
+
+def _history_errors(where: str, item: Any) -> Iterator[str]:
+    yield from _keys(where, item, _HISTORY_KEYS)
+    if not isinstance(item, Mapping):
+        return
+    seconds = []
+    for key, default in _HISTORY_AGES.items():
+        value = item.get(key, default)
+        found = _DURATION.fullmatch(value) if isinstance(value, str) else None
+        if found is None:
+            yield f"{where}.{key}: {value!r} is not a duration, such as 30m, 24h or 90d; 0 is none"
+        else:
+            seconds.append(int(found[1]) * _UNITS[found[2]])
+    if len(seconds) == len(_HISTORY_AGES) and seconds[0] and sorted(seconds) != seconds:
+        yield f"{where}: all, hourly, daily: each must be longer than the one before"
+    space = item.get("space", "20%")
+    found = _SPACE.fullmatch(space) if isinstance(space, str) else None
+    if found is None or (found[2] == "%" and int(found[1]) > 90):
+        yield f"{where}.space: {space!r} is not a size; allowed: up to 90%, or a number of MB, GB or TB"
 
 
 def _rate_errors(where: str, value: Any) -> Iterator[str]:

@@ -167,6 +167,12 @@ MISTAKES: list[tuple[list[Any], Any, str]] = [
     (["intent", "web", "bandwidth"], window(days="weekend"), "schedule[0].days: 'weekend' is not allowed; days (mon,"),
     (["intent", "web", "bandwidth"], window(to=1080), "schedule[0].to: 1080 is not a time of day"),
     (["intent", "web", "bandwidth"], window(to="00:00"), "schedule[0]: from 00:00 to 00:00 is no time at all"),
+    (["intent", "web", "consistency"], "snapshot", "farshore_groups.web.consistency: 'snapshot' is not a mapping"),
+    (["intent", "web", "consistency"], {"mod": "none"}, "web.consistency.mod: is not a known key; allowed: mode, snap"),
+    (["intent", "web", "consistency"], {"mode": "lvm"}, "consistency.mode: 'lvm' is not allowed; allowed: none, snap"),
+    (["intent", "web", "consistency"], {"interval": 0}, "consistency.interval: 0 is not in 0.1..86400 seconds"),
+    (["intent", "web", "consistency"], {"mode": "snapshot", "freeze": "x"}, "thaw: is missing; freeze needs it"),
+    (["intent", "web", "consistency"], {"freeze": "x", "thaw": "y"}, "consistency.mode: 'none' takes no freeze"),
     (["sites", "ldc", "network"], "10.1.0.0/99", "farshore_sites.ldc.network: '10.1.0.0/99' is not a network"),
     (["sites", "rbc", "network"], "10.1.0.0/16", "farshore_sites: the networks 10.1.0.0/24 and 10.1.0.0/16 overlap"),
     (["hostvars", "bak1", "farshore_address"], "10.9.0.1", "host bak1: farshore_address: 10.9.0.1 is not in"),
@@ -195,6 +201,37 @@ def test_both_ends_are_told_how_fast_to_send(intent: ModuleType, inventory: Inve
         assert (group["bandwidth"], group["compress"]) == (bandwidth, False)
     monitor = intent.monitor_groups(inventory["intent"], inventory["hostvars"])["web"]
     assert not {"bandwidth", "compress"} & set(monitor)
+
+
+CONSISTENCIES: list[dict[str, Any]] = [
+    {},
+    {"mode": "snapshot"},
+    *({"mode": "snapshot", "snapshot": how} for how in ("auto", "btrfs", "reflink", "lvm", "", None)),
+    *({"interval": seconds} for seconds in (0.1, 0.05, 86400, 86401, True, "5", None)),
+    *({"timeout": seconds} for seconds in (0.1, 0, 3600, 3601, -1, "10")),
+    *({"mode": mode, "freeze": "f", "thaw": "t"} for mode in ("none", "snapshot", "None", None)),
+    *(
+        {"mode": "snapshot", "freeze": freeze, "thaw": thaw}
+        for freeze, thaw in (("f", ""), ("", "t"), ("", ""), (1, 1))
+    ),
+    {"mode": "snapshot", "thaw": "t"},
+    {"freeze": "f", "thaw": "t"},
+]
+
+
+@pytest.mark.parametrize("consistency", CONSISTENCIES, ids=str)
+def test_preflight_and_agent_agree_on_consistency(intent: ModuleType, inventory: Inventory, consistency: Any) -> None:
+    config = pytest.importorskip("farshore.config")
+    inventory["intent"]["web"]["consistency"] = consistency
+    refused = bool(errors(intent, inventory))
+    given = intent.node_groups(inventory["intent"], "web1", inventory["hostvars"], "/replicas")["web"]
+    assert given.get("consistency", {}) == consistency
+    try:
+        config.parse(consistency, config.Consistency)
+    except config.ConfigError:
+        assert refused
+    else:
+        assert not refused
 
 
 def test_times_of_day_survive_the_configuration_file(intent: ModuleType, inventory: Inventory) -> None:
@@ -271,6 +308,32 @@ def test_both_ends_are_told_how_to_verify(intent: ModuleType, inventory: Invento
         group = intent.node_groups(inventory["intent"], host, inventory["hostvars"], "/replicas")["web"]
         assert group["verify"] == verify
     assert "verify" not in intent.monitor_groups(inventory["intent"], inventory["hostvars"])["web"]
+
+
+HISTORY = [
+    {},
+    *({"all": age} for age in ("0", "24h", "30m", "8d", "1w", "", 24, None)),
+    *({"space": space} for space in ("20%", "90%", "91%", "50GB", "1 TB", "50", "-1%", 20, None)),
+    {"all": "1h", "hourly": "2h", "daily": "3h"},
+    {"all": "3h", "hourly": "2h", "daily": "1h"},
+    {"all": "0", "hourly": "2h", "daily": "1h"},
+    {"keep": "1h"},
+]
+
+
+@pytest.mark.parametrize("keys", HISTORY, ids=str)
+def test_preflight_and_agent_agree_on_the_history(intent: ModuleType, inventory: Inventory, keys: Any) -> None:
+    config = pytest.importorskip("farshore.config")
+    inventory["intent"]["web"]["history"] = keys
+    refused = bool(errors(intent, inventory))
+    try:
+        config.parse(keys, config.History)
+    except config.ConfigError:
+        assert refused
+    else:
+        assert not refused
+        groups = intent.node_groups(inventory["intent"], "bak1", inventory["hostvars"], "/replicas")
+        assert groups["web"].get("history", {}) == keys
 
 
 VERIFY = [

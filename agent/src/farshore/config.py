@@ -247,6 +247,34 @@ def read_rate(where: str, value: str) -> float:
 
 
 @dataclass(frozen=True, slots=True)
+class Consistency:
+    """Whether the replica gets whole states of the group, each as it was at one moment here.
+
+    With ``mode`` snapshot, every ``interval`` seconds in which something changed a snapshot is taken and sent.
+    ``snapshot`` says how; auto is the best that the filesystem can. ``freeze`` and ``thaw`` are shell commands that
+    still and wake whoever writes; each may take ``timeout`` seconds, and so may all that lies between them.
+    """
+
+    mode: Literal["none", "snapshot"] = "none"
+    snapshot: Literal["auto", "btrfs", "reflink"] = "auto"
+    interval: float = 5.0
+    freeze: str = ""
+    thaw: str = ""
+    timeout: float = 10.0
+
+    def validate(self, where: str) -> None:
+        for name, least, most in (("interval", 0.1, 86400.0), ("timeout", 0.1, 3600.0)):
+            value: float = getattr(self, name)
+            if not least <= value <= most:
+                raise ConfigError(f"{where}.{name}", f"{value:g} is not in {least:g}..{most:g} seconds")
+        for name, other in (("freeze", "thaw"), ("thaw", "freeze")):
+            if getattr(self, name) and not getattr(self, other):
+                raise ConfigError(f"{where}.{other}", f"is missing; {name} needs it")
+        if self.freeze and self.mode == "none":
+            raise ConfigError(f"{where}.mode", "'none' takes no freeze and thaw; snapshot does")
+
+
+@dataclass(frozen=True, slots=True)
 class NodeGroup:
     """A protection group as one of its two nodes sees it."""
 
@@ -260,6 +288,7 @@ class NodeGroup:
     history: History = field(default_factory=History)
     brake: BrakeConfig = field(default_factory=BrakeConfig)
     verify: Verification = field(default_factory=Verification)
+    consistency: Consistency = field(default_factory=Consistency)
 
     def validate(self, where: str) -> None:
         if not self.paths:

@@ -110,7 +110,7 @@ class Source:
         self.jobs.append(job.path)
         blob = self.index.get_signature(job.root, job.base)
         try:
-            reading = uploads._Reading(self.root, job, uploads._parsed(blob), threading.Event())
+            reading = uploads._Reading(self.planner.view, job, uploads._parsed(blob), threading.Event())
             if job.hash_only:
                 job.content = reading.hash()
                 return

@@ -21,6 +21,7 @@ from farshore.dbm.uploads import Uploads
 from farshore.dbm.wire import Codec
 from farshore.dbm.work import Job
 from farshore.fmm.types import FileKind, Root
+from farshore.fmm.view import Live
 
 CODEC: Codec[FromSource] = Codec(FromSource)
 
@@ -79,7 +80,7 @@ class Line:
 async def running(tree: Path, partials: list[Partial] | None = None) -> AsyncIterator[tuple[Line, Uploads]]:
     """Uploads of the files below ``tree``, at work; ``partials`` is what an earlier connection left."""
     line = Line()
-    under_test = Uploads([Root(os.fsencode(tree))], line, partials or [])
+    under_test = Uploads(Live([Root(os.fsencode(tree))]), line, partials or [])
     task = asyncio.create_task(under_test.run())
     try:
         yield line, under_test
@@ -166,7 +167,9 @@ def test_transactions_go_on_while_what_is_there_is_passed_over(
 ) -> None:
     """If the replica's file changes meanwhile, what was passed over is of no use."""
     resumed = job(tmp_path, "f", 3 << 20)
-    delta = b"".join(iter(uploads._Reading(Root(os.fsencode(tmp_path)), resumed, None, threading.Event()).piece, None))
+    delta = b"".join(
+        iter(uploads._Reading(Live([Root(os.fsencode(tmp_path))]), resumed, None, threading.Event()).piece, None)
+    )
     partial = Partial(0, b"f", False, 1 << 20, blake3.blake3(delta[: 1 << 20]).digest())
     skip = uploads._Reading.skip
     held: list[bool] = []

@@ -24,6 +24,7 @@ from farshore.dbm.messages import Hello, Refused, Welcome
 from farshore.dbm.record import Record, load, store
 from farshore.dbm.replica.guard import Guard
 from farshore.dbm.sender import Sender
+from farshore.dbm.snapshots import Snapshots
 from farshore.dbm.verify.verifier import Verifier
 from farshore.errors import FarshoreError, NotInTime, StaleEpoch
 from farshore.fmm.dirty import DirtySet
@@ -80,6 +81,7 @@ class Group:
             for item in config.paths
         ]
         self._change = asyncio.Lock()
+        self._snapshots = Snapshots(name, config.consistency, [root for _, root in self._roots], state)
         self._dirty = DirtySet()
         self._feed: Feed | None = None
         self._sender: Sender | None = None
@@ -117,6 +119,8 @@ class Group:
 
     async def start(self) -> None:
         """Take up the role that is on record."""
+        # Whatever the role: a process that died may have left somebody frozen. A new snapshot comes after that.
+        self._snapshots.thread.submit(self._snapshots.recover)
         async with self._change:
             self._tending = asyncio.create_task(self._tend(), name=f"tend {self.name}")
             if not self.owns or self._sender is not None:
@@ -138,6 +142,7 @@ class Group:
             await self._stop_source()
             await self._stop_replica()
             self._worker.shutdown(wait=True)
+            self._snapshots.thread.shutdown(wait=False)
 
     def _start_source(self) -> None:
         self._dirty = DirtySet()
@@ -153,6 +158,8 @@ class Group:
             self._on_stale,
             self.config.bandwidth,
             self.config.compress,
+            self._snapshots if self.config.consistency.mode == "snapshot" else None,
+            self._marked,
         )
         roots = [root for _, root in self._roots]
         self._sender.verifier = Verifier(
@@ -385,6 +392,14 @@ class Group:
         if self._feed is not None:
             await self._barrier(self._feed)
 
+    async def _marked(self) -> int:
+        """Return when all that changed before is marked as dirty; raises FarshoreError when nothing is watched."""
+        if self._feed is None:
+            raise NotOwner(self.name, self._record.owner, self.config.side)
+        if self._paused:
+            raise Paused(self.name)
+        return await asyncio.wrap_future(self._feed.barrier())
+
     @staticmethod
     async def _barrier(feed: Feed) -> int:
         """Ask until the watcher can answer: a root that is missing may come back any moment."""
@@ -585,7 +600,7 @@ class Group:
     async def status(self) -> GroupStatus:
         """How the group is on this node."""
         sender = self._sender
-        oldest = self._dirty.oldest() if sender is not None else None
+        oldest = sender.oldest() if sender is not None else None
         problems = list(self._replica_problems)
         if sender is not None:
             problems += sender.problems() + (self._feed.problems() if self._feed else [])
@@ -649,6 +664,8 @@ class Group:
             return "frozen", "units are stopped for a switch"
         if not sender.connected and not sender.comparing:
             return ("disconnected" if self._confirmed else "unconfirmed"), sender.reason
+        if sender.stuck:
+            return "error", sender.stuck
         if sender.comparing or not sender.compared:
             return "syncing", f"comparing with {peer} in full, {sender.looked_at} paths done"
         if self._feed is not None and not self._feed.watching:

@@ -31,6 +31,8 @@ _COMMITTED = "committed"
 #: So long after a change, the content of a file that was not synced may not be on disk, while what lstat tells is:
 #: the kernel begins to write content back after 30 s (vm.dirty_expire_centisecs), and a slow disk takes its time.
 _WRITE_BACK_NS = 600 * 10**9
+#: Whether the replica may hold transactions of a state that is not complete.
+OPEN = "open"
 _INT64 = 1 << 63
 _DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 # The directory comes first in the key, so that what lies in one, and all that lies below one, are ranges of it.

@@ -198,7 +198,8 @@ class Drop(_Message, frozen=True, tag="drop"):
 class Commit(_Message, frozen=True, tag="commit"):
     """The transaction is complete: make it durable, acknowledge it, and apply it.
 
-    ``more``: the next one belongs to the same state. They are applied together, once the last of them is there.
+    With ``more``, the next transaction belongs to the same state: the replica applies this one only together with all
+    up to the first one without ``more``. On promotion an incomplete state is not applied.
     """
 
     seq: int

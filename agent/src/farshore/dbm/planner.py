@@ -10,7 +10,7 @@ import contextlib
 import os
 import stat
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import blake3
@@ -42,6 +42,7 @@ from farshore.errors import UnsafePath
 from farshore.fmm import scanner
 from farshore.fmm.patterns import Filter
 from farshore.fmm.types import FileKind, Hint, Kind, Observed, Root
+from farshore.fmm.view import Live, View
 
 #: A transaction is closed after so many operations or bytes of content.
 MAX_OPERATIONS = 1000
@@ -73,7 +74,8 @@ class Planned:
 
     ``changed`` names the paths that it changes on the replica; with ``drastic``, a directory is moved, removed or
     replaced, so that what is below it changes too. ``uploads``: numbers of those that it puts into place or ends.
-    ``ended``: works of which nothing is left to do.
+    ``ended``: works of which nothing is left to do. ``more``: the next transaction belongs to the same state;
+    ``placed``: where something is put, when a snapshot is read.
     """
 
     seq: int
@@ -85,6 +87,8 @@ class Planned:
     drastic: bool = False
     uploads: list[int] = field(default_factory=list)
     ended: list[Work] = field(default_factory=list)
+    more: bool = False
+    placed: set[tuple[int, bytes]] = field(default_factory=set)
 
 
 class Planner:
@@ -99,7 +103,10 @@ class Planner:
         self._roots = roots
         self._epoch = epoch
         self._filters = [Filter(root) for root in roots]
-        self._directories = [scanner.Directories(root.path) for root in roots]
+        #: Where the roots are read: live, or in the snapshot that is being sent.
+        self.view: View = Live(roots)
+        # What a state that is not complete yet puts at paths of the replica, where its tree has something else.
+        self._unsettled: set[tuple[int, bytes]] = set()
         self._jobs: dict[tuple[int, bytes], Job] = {}
         # Where the replica has an earlier content of the file that is looked at, if that is another path; and by such
         # paths, the jobs whose deltas refer to them.
@@ -123,10 +130,11 @@ class Planner:
         #: What could not be read or told, by root, path and what of it ("root", "state", ...), with the reason.
         self.problems: dict[tuple[int, bytes, str], str] = {}
 
-    def transaction(self, batch: Batch, seq: int) -> Planned:
+    def transaction(self, batch: Batch, seq: int, more: Callable[[Planned], bool] | None = None) -> Planned:
         """Do a part of what is left of ``batch``: the next transaction, number ``seq``.
 
-        Bounded in operations, bytes and time; a batch that is not finished is given in again.
+        Bounded in operations, bytes and time; a batch that is not finished is given in again. ``more`` tells of a plan
+        whether what follows belongs to the same state.
         """
         plan = self._plan = Planned(seq)
         self._touched.clear()
@@ -142,13 +150,39 @@ class Planner:
                     break
             self._set_directories()
         finally:
-            # They show what was there when they were opened, and a later batch must see what came since.
-            for directories in self._directories:
-                directories.forget()
+            # A later batch must see what came since.
+            self.view.forget()
         if plan.frames:
-            plan.frames.insert(0, wire.frame(Begin(self._epoch, seq)))
-            plan.frames.append(wire.frame(Commit(seq)))
+            plan.more = more is not None and more(plan)
+            self._close(plan)
         return plan
+
+    def end_of_state(self, seq: int) -> Planned:
+        """A transaction that changes nothing, and completes the state that those before it belong to."""
+        plan = Planned(seq)
+        self._close(plan)
+        return plan
+
+    def _close(self, plan: Planned) -> None:
+        plan.frames.insert(0, wire.frame(Begin(self._epoch, plan.seq)))
+        plan.frames.append(wire.frame(Commit(plan.seq, plan.more)))
+        if plan.more:
+            self._unsettled |= plan.placed
+        else:
+            self._unsettled.clear()
+
+    def is_settled(self, root: int, path: bytes) -> bool:
+        """True when the replica's tree has at ``path`` what the index says, or will have it before what comes next.
+
+        Not so within a state that is not complete: what the replica keeps of it is in no place yet.
+        """
+        while self._unsettled:
+            if (root, path) in self._unsettled:
+                return False
+            if not path:
+                break
+            path = path.rpartition(b"/")[0]
+        return True
 
     def deliver(self, job: Job) -> Batch:
         """The batch that tells of a file that was read, and looks once more for all who waited for it."""
@@ -243,7 +277,7 @@ class Planner:
         Raises _Unobservable when neither can be found out.
         """
         try:
-            status = scanner.look(self._directories[root], path)
+            status = self.view.look(root, path)
         except OSError as error:
             self._note(root, path, "state", _reason(error))
             raise _Unobservable from error
@@ -256,7 +290,7 @@ class Planner:
         Raises _Unobservable when neither can be found out.
         """
         try:
-            seen = scanner.observe(self._roots[root].path, root, path)
+            seen = self.view.observe(root, path)
         except OSError as error:
             self._note(root, path, "state", _reason(error))
             if not path:
@@ -290,7 +324,7 @@ class Planner:
     def _list(self, batch: Batch, root: int, path: bytes, work: Work) -> None:
         """Look at everything in one directory, and at what should be there and is not."""
         try:
-            names = [name for name, _ in scanner.list_directory(self._roots[root].path, path, self._filters[root])]
+            names = [name for name, _ in self.view.names(root, path, self._filters[root])]
         except (FileNotFoundError, NotADirectoryError):
             batch.vanish(root, path, work)
             return
@@ -374,7 +408,11 @@ class Planner:
         """A root is there; remember the filesystem that it is on while it is filled."""
         self.absent_roots.discard(seen.root)
         self._note(seen.root, b"", "root", None)
-        if seen.kind is FileKind.DIRECTORY and self._device(seen.root) != seen.dev and not self._is_empty(seen.root):
+        if (
+            seen.kind is FileKind.DIRECTORY
+            and self._device(seen.root) != seen.dev
+            and not self.view.is_empty(seen.root)
+        ):
             self._index.set_fact(self._device_key(seen.root), str(seen.dev).encode())
 
     def _device_key(self, root: int) -> str:
@@ -385,19 +423,11 @@ class Planner:
         fact = self._index.get_fact(self._device_key(root))
         return None if fact is None else int(fact)
 
-    def _is_empty(self, root: int) -> bool:
-        try:
-            with os.scandir(self._where(root, b"")) as entries:
-                # A filesystem that was just made has that directory, and nothing else.
-                return all(entry.name == b"lost+found" for entry in entries)
-        except OSError:
-            return True
-
     def _looks_unmounted(self, seen: Observed) -> bool:
         """An empty directory where a filled one of another filesystem was is a fault, not a wish."""
         if seen.kind is not FileKind.DIRECTORY or self._device(seen.root) in (None, seen.dev):
             return False
-        return self._is_empty(seen.root)
+        return self.view.is_empty(seen.root)
 
     def _has_root(self, root: int) -> bool:
         """False when the root itself is missing or unusable: that says nothing about what is wanted below it."""
@@ -473,6 +503,8 @@ class Planner:
         self._touch(root, operation.path)
         if isinstance(operation, (Move, Remove)):
             self._made.clear()
+        if self.view.still and not isinstance(operation, (MakeDir, SetMeta)):
+            plan.placed.add((root, operation.to if isinstance(operation, Move) else operation.path))
         if isinstance(operation, Move):
             self._touch(root, operation.to)
             if self._note_drastic(root, operation.path):
@@ -548,7 +580,7 @@ class Planner:
     ) -> tuple[int | None, Observed | None]:
         """Open a file, and tell what is seen of it; no handle when it cannot be read, nothing when it has changed."""
         try:
-            handle = scanner.open_file(self._directories[root], path)
+            handle = self.view.open(root, path)
         except OSError as error:
             if error.errno in scanner.ABSENT:
                 batch.vanish(root, path, work)
@@ -556,9 +588,9 @@ class Planner:
             self._note(root, path, "content", _reason(error))
             return None, self._observe(root, path)
         try:
-            now = os.fstat(handle)
+            now = self.view.status(handle, root, path)
             if (now.st_dev, now.st_ino) == (status.st_dev, status.st_ino):
-                return handle, self._tellable(scanner.observed(now, root, path, handle))
+                return handle, self._tellable(self.view.observed(now, root, path, handle))
         except BaseException:
             os.close(handle)
             raise
@@ -605,7 +637,7 @@ class Planner:
 
     def _sync_single_file(self, batch: Batch, seen: Observed, known: Known | None, force: bool, work: Work) -> None:
         try:
-            handle = scanner.open_file_beneath(self._roots[seen.root].path, b"")
+            handle = self.view.open_beneath(seen.root, b"")
         except OSError as error:
             self._note(seen.root, b"", "content", _reason(error))
             return
@@ -729,7 +761,7 @@ class Planner:
                 known = self._link(seen, names[0])
                 if known.same_identity(seen):
                     return
-        started = time.time_ns()
+        started = self.view.moment_ns()
         try:
             data = os.read(handle, INLINE_MAX + 1) if seen.size <= INLINE_MAX else None
             if data is None or len(data) > INLINE_MAX:
@@ -741,7 +773,7 @@ class Planner:
                 started = content.started_ns
             else:
                 entry = self._small(seen, known, data)
-                after = os.fstat(handle)
+                after = self.view.status(handle, seen.root, seen.path)
                 same = (clamp_time(after.st_ctime_ns), after.st_size) == (seen.ctime_ns, seen.size) and (
                     clamp_time(after.st_mtime_ns) == seen.mtime_ns
                 )
@@ -868,7 +900,7 @@ class Planner:
     def _copy(self, seen: Observed, content: Content) -> bool:
         """Have the replica copy the content from another of its files; False when it has none such."""
         for other in self._index.like(content.length, content.digest):
-            if (other.root, other.path) != (seen.root, seen.path):
+            if (other.root, other.path) != (seen.root, seen.path) and self.is_settled(other.root, other.path):
                 self._emit(Copy(seen.root, seen.path, _meta(seen), other.root, other.path, content.digest))
                 signature = self._index.get_signature(other.root, other.path)
                 self._index.set_signature(seen.root, seen.path, signature)

@@ -17,7 +17,7 @@ import sqlite3
 import ssl
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ from farshore.config import Bandwidth, NodeRef
 from farshore.dbm import wire
 from farshore.dbm.bandwidth import Pacer
 from farshore.dbm.blocks import BlockReader, BlockWriter, tune
-from farshore.dbm.index import LINEAGE, SEQ, Index, IndexDamaged, Known, clamp_time, is_damage, set_aside
+from farshore.dbm.index import LINEAGE, OPEN, SEQ, Index, IndexDamaged, Known, clamp_time, is_damage, set_aside
 from farshore.dbm.messages import (
     Ack,
     Applied,
@@ -56,6 +56,8 @@ from farshore.dbm.messages import (
 )
 from farshore.dbm.planner import MAX_OPERATIONS, MAX_PATH, Planned, Planner, dirty_everything
 from farshore.dbm.replica import paths
+from farshore.dbm.snapshots import Snapshots
+from farshore.dbm.state import Cycle, merged
 from farshore.dbm.uploads import Uploads
 from farshore.dbm.verify.verifier import Verifier
 from farshore.dbm.work import Batch, Job, Work
@@ -68,7 +70,7 @@ from farshore.errors import (
     StaleEpoch,
     UnsafePath,
 )
-from farshore.fmm.dirty import DirtySet
+from farshore.fmm.dirty import Dirty, DirtySet
 from farshore.fmm.types import FileKind, Hint, Root
 from farshore.log import Log
 
@@ -101,6 +103,12 @@ _GATHER_MOST = 0.2
 _GATHER_PER_OPERATION = 1e-5
 #: So many paths need not gather any longer.
 _ENOUGH = MAX_OPERATIONS // 2
+_ALL = 1 << 62
+#: Seconds for which the watcher may be asked, and after which a snapshot that failed is tried again.
+_BARRIER_SECONDS = 60.0
+#: The watcher may be so late to tell of a change on a busy machine.
+_SEEN_SECONDS = 0.5
+_AGAIN_SECONDS = 1.0
 
 
 class ReplicaCannot(FarshoreError):
@@ -190,6 +198,9 @@ class Sender:
 
     ``on_stale`` is called with the replica's epoch when it knows a newer one; ``on_confirmed`` when it accepted
     ours. State for ``status`` is in the public attributes.
+
+    With ``snapshots``, whole states are sent, each read from a snapshot; ``barrier`` then returns when everything that
+    changed before it was called is marked in ``dirty``.
     """
 
     def __init__(
@@ -205,6 +216,8 @@ class Sender:
         on_stale: Callable[[int], None],
         bandwidth: Bandwidth | None = None,
         compress: bool = True,
+        snapshots: Snapshots | None = None,
+        barrier: Callable[[], Awaitable[int]] | None = None,
     ) -> None:
         self._group = group
         self._epoch = epoch
@@ -248,6 +261,18 @@ class Sender:
         self._naks = 0
         #: What the replica left out and was sent anew since it was last in step.
         self._doubted: set[tuple[int, bytes]] = set()
+        self._snapshots = snapshots
+        self._barrier = barrier
+        self._cycle: Cycle | None = None
+        self._next_cycle = 0.0
+        #: What changed before is durable there: when the snapshot of the last complete state was about to be taken.
+        self._state_of = float("-inf")
+        #: The last transaction that was sent, or one before this process began, said that more belongs to its state.
+        self._open = False
+        #: All marks below must be settled as soon as may be.
+        self._wanted = 0
+        #: Why no snapshot can be taken now; "" when nothing stands in the way.
+        self.stuck = ""
         self.connected = False
         self.comparing = False
         self.compared = False
@@ -280,6 +305,13 @@ class Sender:
         """Bytes that were given to TLS so far."""
         return self._sent_before + (self._blocks.wire_bytes if self._blocks is not None else 0)
 
+    def oldest(self) -> float | None:
+        """When the oldest change was made that may not be durable there; None when all that was seen is."""
+        marked = self._dirty.oldest()
+        if marked is None or self._snapshots is None:
+            return marked
+        return max(marked - _SEEN_SECONDS, self._state_of)
+
     @property
     def in_step(self) -> bool:
         """True when all that was seen so far is durable on the replica."""
@@ -299,6 +331,8 @@ class Sender:
     def problems(self) -> list[str]:
         """What could not be read here or kept there."""
         mine = list(self._planner.problems.values()) if self._planner else []
+        mine += [self.stuck] if self.stuck else []
+        mine += self._snapshots.problems() if self._snapshots else []
         stalled = [f"cannot apply what it has received: {self.stalled}"] if self.stalled else []
         return mine + [f"{self._peer.node}: {text}" for text in [*stalled, *self.replica_problems]]
 
@@ -313,7 +347,12 @@ class Sender:
             nonlocal until
             lowest = self._dirty.lowest_mark()
             # What a new connection puts in doubt may have changed long before it was marked.
-            settled = lowest is None or lowest >= max(mark, self._doubts_below)
+            wanted = max(mark, self._doubts_below)
+            if self._wanted < wanted:
+                # A snapshot is taken for it, without waiting until it is time for one.
+                self._wanted = wanted
+                self._wake.set()
+            settled = lowest is None or lowest >= wanted
             if not (self.connected and self.compared and settled and not self._absent()):
                 until = None
                 return False
@@ -336,7 +375,7 @@ class Sender:
         count = self._dirty.count()
         if count == 0 and self.connected:
             return f"all is durable on {self._peer.node}, but not in its tree yet; {self.stalled or 'it is at work'}"
-        return f"{count} paths to go; {self.reason}"
+        return f"{count} paths to go; {self.stuck or self.reason}"
 
     # --- the loop
 
@@ -371,6 +410,9 @@ class Sender:
             # Whoever comes next opens the same files.
             await asyncio.shield(self._loop.run_in_executor(self._worker, self._close_index))
             self._worker.shutdown(wait=False)
+            if self._snapshots is not None:
+                # A snapshot that is under way ends first, and whoever stands still for it is awake then.
+                await asyncio.shield(self._loop.run_in_executor(self._snapshots.thread, self._snapshots.recover))
 
     def _close_index(self) -> None:
         index, self._index = self._index, None
@@ -418,6 +460,7 @@ class Sender:
     async def _give_back(self) -> None:
         """What was not acknowledged is dirty again."""
         works, self._works = list(self._works), {}
+        cycle, self._cycle = self._cycle, None
         self._batches.clear()
         self._ended.clear()
         self._flights.clear()
@@ -425,8 +468,17 @@ class Sender:
             await asyncio.shield(self._loop.run_in_executor(self._worker, self._rollback))
         finally:
             self._dirty.restore(work.item for work in works)
-            if works:
+            if cycle is not None:
+                self._dirty.restore([*cycle.own, *cycle.later])
+                self._next_cycle = 0.0
+            self._drop_snapshot()
+            if works or cycle is not None:
                 self._wake.set()
+
+    def _drop_snapshot(self) -> None:
+        """Remove the snapshot in the background: its thread does things in order."""
+        if self._snapshots is not None:
+            self._snapshots.thread.submit(self._snapshots.try_drop)
 
     def _rollback(self) -> None:
         if self._planner is not None:
@@ -464,9 +516,11 @@ class Sender:
         self._drain = False
         self._heard = time.monotonic()
         self._answers = asyncio.Queue()
-        self._uploads = Uploads([root for _, root in self._roots], self, welcome.uploads)
+        self._uploads = Uploads(planner.view, self, welcome.uploads)
+        self._open = await self._in_worker(self._note_open, index)
+        follow = self._follow if self._snapshots is None else self._follow_states
         _log.info("replicating", group=self._group, to=self._peer.node, epoch=self._epoch)
-        parts = [self._listen(inbox, index, planner), self._follow(index, planner), self._uploads.run(), self._mind()]
+        parts = [self._listen(inbox, index, planner), follow(index, planner), self._uploads.run(), self._mind()]
         if self.verifier is not None:
             parts.append(self.verifier.session(self))
         await _until_one_ends(*parts)
@@ -603,6 +657,9 @@ class Sender:
                 await self._transaction(index, planner, self._next_batch())
                 continue
             if not self._works:
+                if self._open:
+                    await self._end_state(planner, index)
+                    continue
                 await self._tell_in_step(index)
             await self._wake.wait()
 
@@ -647,19 +704,17 @@ class Sender:
         async with self._between:
             plan = await self._in_worker(self._plan, index, planner, batch, self._last + 1)
             if plan.frames:
-                if not self._flights and not self._uncommitted:
-                    self._committed_at = time.monotonic()
-                self._last = plan.seq
-                self._uncommitted += len(plan.changed)
-                self._flights.append(_Flight(plan.seq, plan.operations, sum(map(len, plan.frames))))
-                self._drain |= plan.drastic
+                self._note_flight(plan)
             elif not self._uncommitted:
                 # Only what the index knows of this side has changed.
                 await self._in_worker(index.commit)
             for work in plan.ended:
                 # Also when it sent nothing: that it needs nothing may be due to what is still on its way.
                 work.seq = self._last
-            self._ended.extend(plan.ended)
+            if self._cycle is None:
+                self._ended.extend(plan.ended)
+            else:
+                self._cycle.left -= len(plan.ended)
             if batch.finished:
                 self._batches.remove(batch)
             if plan.loose or plan.frames:
@@ -674,12 +729,32 @@ class Sender:
             self._dirty.mark(again, time.monotonic())
         await self._settle()
 
+    def _note_flight(self, plan: Planned) -> None:
+        """A transaction is about to leave."""
+        if not self._flights and not self._uncommitted:
+            self._committed_at = time.monotonic()
+        self._last = plan.seq
+        # At least one: also what changes nothing has a number, which is committed.
+        self._uncommitted += max(1, len(plan.changed))
+        self._flights.append(_Flight(plan.seq, plan.operations, sum(map(len, plan.frames))))
+        self._drain |= plan.drastic
+        self._open = plan.more
+
     def _plan(self, index: Index, planner: Planner, batch: Batch, seq: int) -> Planned:
         index.begin()
-        plan = planner.transaction(batch, seq)
-        if plan.frames and self._pending is not None:
-            self._pending.add(plan)
+        cycle = self._cycle
+        # Large files that are still read, and batches that wait, leave works behind that have not ended.
+        plan = planner.transaction(batch, seq, None if cycle is None else lambda plan: cycle.left > len(plan.ended))
+        if plan.frames:
+            self._write_down(index, plan)
         return plan
+
+    def _write_down(self, index: Index, plan: Planned) -> None:
+        """Note what is about to leave; with the first that no state goes on behind, none is open on the replica."""
+        if self._open and self._snapshots is None:
+            index.set_fact(OPEN, b"0")
+        if self._pending is not None:
+            self._pending.add(plan)
 
     async def _commit(self, index: Index) -> None:
         await self._in_worker(self._commit_index, index)
@@ -707,6 +782,130 @@ class Sender:
             if not self._works and not self._dirty.waiting():
                 self.comparing = False
             await self._note_progress()
+
+    # --- whole states
+
+    async def _follow_states(self, index: Index, planner: Planner) -> None:
+        """As ``_follow``, but one snapshot after the other: all of it is one state of the replica."""
+        while True:
+            self._wake.clear()
+            self._acked.clear()
+            if self._uncommitted and not self._flights:
+                await self._commit(index)
+            cycle = self._cycle
+            if cycle is None:
+                await self._await_cycle(index, planner)
+            elif self._must_drain() or self._is_full():
+                await self._acked.wait()
+            elif self._batches:
+                await self._transaction(index, planner, self._batches[-1])
+            elif cycle.left:
+                await self._wake.wait()
+            elif self._open:
+                await self._end_state(planner, index)
+            elif self._flights:
+                await self._acked.wait()
+            else:
+                await self._end_cycle(index, planner, cycle)
+
+    async def _await_cycle(self, index: Index, planner: Planner) -> None:
+        """Begin a cycle if it is time for one, else wait for something to happen."""
+        if not self._dirty.waiting():
+            await self._tell_states_in_step(index)
+            await self._wake.wait()
+            return
+        wait = self._next_cycle - time.monotonic()
+        lowest = self._dirty.lowest_mark()
+        if not self.stuck and lowest is not None and lowest < self._wanted:
+            wait = 0.0
+        if wait > 0:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(wait):
+                    await self._wake.wait()
+            return
+        try:
+            await self._begin_cycle(planner)
+        except (FarshoreError, OSError, TimeoutError) as error:
+            text = str(error) or "the watcher is still starting"
+            if text != self.stuck:
+                _log.warning("no snapshot", group=self._group, reason=text)
+            self.stuck = text
+            self._next_cycle = time.monotonic() + _AGAIN_SECONDS
+
+    async def _begin_cycle(self, planner: Planner) -> None:
+        """Take a snapshot, and all that was dirty before.
+
+        What is marked between the first barrier and the second may have changed before the snapshot or after it: it is
+        looked at with all else, and stays dirty. Raises what the snapshot raises, and TimeoutError when the watcher is
+        silent.
+        """
+        assert self._snapshots is not None and self._barrier is not None and self._uploads is not None
+        began = time.monotonic()
+        own: list[Dirty] = []
+        later: list[Dirty] = []
+        try:
+            async with asyncio.timeout(_BARRIER_SECONDS):
+                await self._barrier()
+            own = self._dirty.take(_ALL)
+            taken = time.monotonic()
+            view = await self._loop.run_in_executor(self._snapshots.thread, self._snapshots.take)
+            async with asyncio.timeout(_BARRIER_SECONDS):
+                await self._barrier()
+            later = self._dirty.take(_ALL)
+        except BaseException:
+            self._dirty.restore([*own, *later])
+            self._drop_snapshot()
+            raise
+        if self.stuck:
+            _log.info("snapshots are taken again", group=self._group)
+        self.stuck = ""
+        self._next_cycle = began + self._snapshots.config.interval
+        planner.view = self._uploads.view = view
+        batch = Batch.of(merged(own, later))
+        self._cycle = Cycle(own, later, len(batch.works), taken)
+        self._batches = [batch]
+
+    async def _end_state(self, planner: Planner, index: Index) -> None:
+        """Tell the replica that the state is complete, with a transaction of its own."""
+        async with self._between:
+            plan = await self._in_worker(self._plan_end, index, planner, self._last + 1)
+            self._note_flight(plan)
+            await self.send(plan.frames)
+
+    def _plan_end(self, index: Index, planner: Planner, seq: int) -> Planned:
+        index.begin()
+        plan = planner.end_of_state(seq)
+        self._write_down(index, plan)
+        return plan
+
+    async def _end_cycle(self, index: Index, planner: Planner, cycle: Cycle) -> None:
+        """All of a state is durable there, and complete."""
+        self._cycle = None
+        if planner.absent_roots:
+            # Of what is not there, nothing was told; it is looked at again.
+            self._dirty.restore(cycle.own)
+        else:
+            self._state_of = cycle.taken
+        self._dirty.settle(cycle.own)
+        self._dirty.restore(cycle.later)
+        self._drop_snapshot()
+        await self._tell_states_in_step(index)
+        await self._note_progress()
+
+    async def _tell_states_in_step(self, index: Index) -> None:
+        """The replica has a whole state once all that was in doubt when the connection began is settled."""
+        lowest = self._dirty.lowest_mark()
+        if self._cycle is None and (lowest is None or lowest >= self._doubts_below):
+            await self._tell_in_step(index)
+
+    def _note_open(self, index: Index) -> bool:
+        """Whether the replica may hold a state that is not complete; notes that it may from now on."""
+        if self._snapshots is None:
+            return index.get_fact(OPEN) == b"1"
+        index.begin()
+        index.set_fact(OPEN, b"1")
+        index.commit()
+        return True
 
     # --- listening
 
@@ -844,8 +1043,14 @@ class Sender:
         return self._between
 
     async def known_base(self, job: Job) -> Known | None:
-        """The index's entry of the job's base."""
-        return await self._in_worker(lambda: None if self._index is None else self._index.get(job.root, job.base))
+        """The index's entry of the job's base; None when the replica has it in no place yet."""
+
+        def look() -> Known | None:
+            if self._index is None or self._planner is None or not self._planner.is_settled(job.root, job.base):
+                return None
+            return self._index.get(job.root, job.base)
+
+        return await self._in_worker(look)
 
     async def known_signature(self, job: Job) -> bytes | None:
         """The index's signature of the job's base."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import io
 import itertools
-import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -25,8 +24,8 @@ from farshore.dbm.index import Known
 from farshore.dbm.messages import INLINE_MAX, MAX_UPLOADS, Chunk, Partial, Upload
 from farshore.dbm.reading import CheckedReader, digest_of
 from farshore.dbm.work import Content, Job
-from farshore.fmm import scanner
-from farshore.fmm.types import FileKind, Root
+from farshore.fmm.types import FileKind
+from farshore.fmm.view import View
 
 #: Files up to this size have a slot of their own, so that they need not wait for a file of hours. A larger one, and
 #: what comes after it meanwhile, is put into place when the replica has told that all of it is on its disk: no
@@ -77,8 +76,9 @@ class Line(Protocol):
 class Uploads:
     """Carries out the jobs of one connection, two at a time: in the second slot only files up to SMALL."""
 
-    def __init__(self, roots: list[Root], line: Line, partials: list[Partial]) -> None:
-        self._roots = roots
+    def __init__(self, view: View, line: Line, partials: list[Partial]) -> None:
+        #: Where files are read; set before the jobs that are to be read there are added.
+        self.view = view
         self._line = line
         self._partials = {(partial.root, partial.path): partial for partial in partials}
         self._numbers = itertools.count(1)
@@ -152,18 +152,21 @@ class Uploads:
 
     def _restless(self, job: Job, now: float) -> float:
         """Seconds for which it is better to leave the file alone, as somebody is writing to it."""
-        root = self._roots[job.root].path
+        if self.view.still:
+            return 0.0
         try:
-            changed = os.stat(root + b"/" + job.path if job.path else root, follow_symlinks=False).st_mtime
+            seen = self.view.observe(job.root, job.path)
         except OSError:
             return 0.0
+        if seen is None:
+            return 0.0
         quiet = min(QUIET_SECONDS, job.size * _QUIET_PER_BYTE)
-        left = quiet - (time.time() - changed)
+        left = quiet - (time.time() - seen.mtime_ns / 1e9)
         return min(left, job.since + MAX_WAIT - now) if 0 < left <= quiet else 0.0
 
     async def _carry_out(self, job: Job) -> None:
         if job.hash_only:
-            hashing = _Reading(self._roots[job.root], job, None, self._stopped)
+            hashing = self._read(job, None)
             job.content = self._let_rest(job, await self._in_thread(hashing.hash))
             return
         while len(self._waiting) >= MAX_UPLOADS - _SLOTS:
@@ -204,7 +207,7 @@ class Uploads:
         return reading, 0
 
     def _read(self, job: Job, base: delta.Signature | None) -> _Reading:
-        return _Reading(self._roots[job.root], job, base, self._stopped)
+        return _Reading(self.view, job, base, self._stopped)
 
     async def _announce(self, job: Job, reading: _Reading, skip: int) -> None:
         job.number = next(self._numbers)
@@ -252,13 +255,15 @@ class _Reading:
     ``base`` is the signature of what the replica has, None when the content goes whole. Every method raises OSError.
     """
 
-    def __init__(self, root: Root, job: Job, base: delta.Signature | None, stopped: threading.Event) -> None:
+    def __init__(self, view: View, job: Job, base: delta.Signature | None, stopped: threading.Event) -> None:
         self._stopped = stopped
         self._base = base
         self.based = base is not None
-        self._started = time.time_ns()
-        self._file = io.FileIO(scanner.open_file_beneath(root.path, job.path))
-        self._before = os.fstat(self._file.fileno())
+        self._view = view
+        self._place = job.root, job.path
+        self._started = view.moment_ns()
+        self._file = io.FileIO(view.open_beneath(*self._place))
+        self._before = view.status(self._file.fileno(), *self._place)
         self.sparse = self._before.st_blocks * 512 < self._before.st_size
         self._encoder: delta.Encoder | None = None
         self._pieces: Iterator[bytes] = iter(())
@@ -316,7 +321,7 @@ class _Reading:
             raise InterruptedError("the connection is gone")
 
     def _told(self, length: int, digest: bytes, signature: bytes | None) -> Content:
-        after = os.fstat(self._file.fileno())
+        after = self._view.status(self._file.fileno(), *self._place)
         return Content(self._before, after, self._started, length, digest, signature)
 
 
