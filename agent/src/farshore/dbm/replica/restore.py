@@ -149,6 +149,8 @@ def restore_in_place(
                 os.rename(place, old)
             os.rename(new, place)
         else:
+            # Looked up before, as what follows changes it.
+            meta = None if view.top is None else view.meta_of(view.top)
             os.mkdir(old, 0o700)
             for name in {*os.listdir(place), *os.listdir(new)}:
                 if name.startswith(b".farshore-"):
@@ -158,8 +160,8 @@ def restore_in_place(
                 if os.path.lexists(new + b"/" + name):
                     os.rename(new + b"/" + name, place + b"/" + name)
             os.rmdir(new)
-            if view.top is not None:
-                give(place, view.meta_of(view.top))
+            if meta is not None:
+                give(place, meta)
         if os.path.lexists(old):
             kept.append(os.fsdecode(old))
     return _told(progress, seq, "in place; what was there is in " + ", ".join(kept) if kept else "in place")
