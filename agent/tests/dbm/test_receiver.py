@@ -757,8 +757,9 @@ def test_a_full_disk_stops_the_applying_and_loses_nothing(replica: Replica, monk
 
 
 def test_a_full_disk_refuses_what_it_cannot_make_durable(replica: Replica, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("farshore.dbm.replica.commit.RESERVE_BYTES", 1 << 60)
-    monkeypatch.setattr("farshore.dbm.replica.commit.RESERVE_SHARE", 1)
+    monkeypatch.setattr("farshore.dbm.replica.history.RESERVE_BYTES", 1 << 60)
+    monkeypatch.setattr("farshore.dbm.replica.history.RESERVE_SHARE", 1)
+    monkeypatch.setattr("farshore.dbm.replica.commit._SMALL_BYTES", 0)
     answer = replica.send(Put(0, b"f", FILE, b"x"))
     assert isinstance(answer, Nak)
     assert (answer.seq, answer.unknown_base) == (1, False)

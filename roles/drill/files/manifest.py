@@ -3,7 +3,7 @@
 
 Depends on nothing of the agent's, so that it can bear witness to it. Access times, change times, inode numbers
 and the sizes of directories are left out: they are each machine's own. Hard links show as the first name of their
-set. Names are given with surrogateescape, so that they can hold any bytes.
+set; names outside of the tree don't count. Names are given with surrogateescape, so that they can hold any bytes.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ def matcher(patterns: list[str]) -> Matcher:
 
 def entries(root: str, excluded: Matcher, included: Matcher) -> Iterator[dict[str, Any]]:
     """The entries of ``root`` in order of their paths; the root itself is ``.``."""
-    links: dict[tuple[int, int], str] = {}
+    found: list[tuple[dict[str, Any], tuple[int, int]]] = []
+    names: dict[tuple[int, int], list[str]] = {}
     pending = [""]
     while pending:
         path = pending.pop()
@@ -54,20 +55,27 @@ def entries(root: str, excluded: Matcher, included: Matcher) -> Iterator[dict[st
             status = os.lstat(full)
         except FileNotFoundError:
             continue
-        yield describe(full, path or ".", status, links)
+        entry, identity = describe(full, path or ".", status), (status.st_dev, status.st_ino)
+        found.append((entry, identity))
+        if entry["type"] != "directory" and status.st_nlink > 1:
+            names.setdefault(identity, []).append(path)
         if stat.S_ISDIR(status.st_mode):
             below = [
                 os.path.join(path, name) for name in sorted(os.listdir(full), reverse=True)
                 if not name.startswith(STAGING)
             ]  # fmt: skip
             pending += [name for name in below if included(name) or not excluded(_shown(root, name))]
+    for entry, identity in found:
+        if len(names.get(identity, ())) > 1:
+            entry["link"] = names[identity][0]
+        yield entry
 
 
 def _shown(root: str, path: str) -> str:
     return path + "/" if os.path.isdir(os.path.join(root, path)) else path
 
 
-def describe(full: str, path: str, status: os.stat_result, links: dict[tuple[int, int], str]) -> dict[str, Any]:
+def describe(full: str, path: str, status: os.stat_result) -> dict[str, Any]:
     """One entry."""
     entry: dict[str, Any] = {
         "path": path,
@@ -85,8 +93,6 @@ def describe(full: str, path: str, status: os.stat_result, links: dict[tuple[int
         entry["target"] = os.readlink(full)
     elif entry["type"] == "device":
         entry["device"] = [os.major(status.st_rdev), os.minor(status.st_rdev)]
-    if entry["type"] != "directory" and status.st_nlink > 1:
-        entry["link"] = links.setdefault((status.st_dev, status.st_ino), path)
     try:
         names = sorted(os.listxattr(full, follow_symlinks=False))
         entry["xattrs"] = {name: os.getxattr(full, name, follow_symlinks=False).hex() for name in names}

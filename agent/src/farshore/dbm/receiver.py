@@ -379,6 +379,7 @@ class _Session(Listener):
 
     def _upload_failed(self, upload: Upload, error: Exception) -> None:
         """In the thread of the uploads."""
+        self._applier.make_room_for(error, self._worker)
         upload.failure = refusal(0, upload.root, upload.path, error)
         self._stager.refuse(upload.failure)
 

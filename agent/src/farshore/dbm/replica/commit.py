@@ -23,6 +23,7 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -53,7 +54,7 @@ from farshore.dbm.reading import CheckedReader
 from farshore.dbm.replica.brake import Hold
 from farshore.dbm.replica.contents import Content, Inline, Opened
 from farshore.dbm.replica.guard import Guard, Held
-from farshore.dbm.replica.history import History
+from farshore.dbm.replica.history import History, reserve_of
 from farshore.dbm.replica.journal import Journal, Record
 from farshore.dbm.replica.leaves import LeafStore
 from farshore.dbm.replica.mark import Mark, Position
@@ -79,10 +80,8 @@ BACKLOG_BYTES = 512 << 20
 CHECKPOINT_OPERATIONS = 50_000
 CHECKPOINT_BYTES = 256 << 20
 CHECKPOINT_SECONDS = 10.0
-#: This much stays free on each filesystem that is written to: what was accepted must have room to be applied.
-RESERVE_BYTES = 64 << 20
-#: But no more than this part of a small one.
-RESERVE_SHARE = 20
+#: Transactions of so few bytes are taken when others find too little room.
+_SMALL_BYTES = 64 << 10
 #: Paths in doubt that are remembered one by one.
 MAX_DOUBTS = 1000
 #: These stop the applying; any other error leaves the operation out.
@@ -214,6 +213,8 @@ class Applier:
         self._backlog = sum(each.place.length for each in self._waiting)
         self._calls: deque[tuple[int, Callable[[], None]]] = deque()
         self._told_at = 0.0
+        #: What was applied when it was tended last.
+        self._tended = self._mark.position
         #: What is applied.
         self._position = self._mark.position
         #: Where operations that are done again have made files anew.
@@ -469,15 +470,23 @@ class Applier:
         places |= {tree.root for tree in self.trees if os.path.isdir(tree.root)}
         for place in places:
             status = os.statvfs(place)
-            reserve = min(RESERVE_BYTES, status.f_blocks * status.f_frsize // RESERVE_SHARE)
+            reserve = reserve_of(status)
+            if size <= _SMALL_BYTES:
+                # What removes files must still come through.
+                reserve //= 4
             if status.f_bavail * status.f_frsize < reserve + 2 * size:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), os.fsdecode(place))
+
+    def make_room_for(self, error: Exception, worker: ThreadPoolExecutor) -> None:
+        """If ``error`` says that a disk is full, let go of the oldest history; may be called from any thread."""
+        if isinstance(error, OSError) and error.errno in _FULL:
+            worker.submit(self.make_room)
 
     def make_room(self) -> bool:
         """Let go of the oldest history until there is room again; returns whether any was let go."""
         with contextlib.suppress(OSError):
             self.checkpoint()
-        return self.history.make_room(RESERVE_BYTES * 4)
+        return self.history.make_room()
 
     # --- applying
 
@@ -498,7 +507,10 @@ class Applier:
         """What is to be done now and then: try again what stopped, sync what rests, thin the history."""
         self.work()
         try:
-            if time.monotonic() - self._checkpoint_at > CHECKPOINT_SECONDS:
+            # At rest, the files that were pinned get rid of their second names soon.
+            rests = self._position == self._tended
+            self._tended = self._position
+            if rests or time.monotonic() - self._checkpoint_at > CHECKPOINT_SECONDS:
                 self.checkpoint()
             self.history.thin()
         except OSError as error:
@@ -732,7 +744,7 @@ class Applier:
 
     def _stall(self, error: OSError) -> None:
         """Applying stopped; it is tried again."""
-        if error.errno in _FULL and self.history.make_room(RESERVE_BYTES * 4):
+        if error.errno in _FULL and self.history.make_room():
             _log.warning("the disk is full; the oldest history is gone", state=str(self.state))
         where = error.filename or self.state
         reason = f"{os.fsdecode(where) if isinstance(where, bytes) else where}: {error.strerror or error}"

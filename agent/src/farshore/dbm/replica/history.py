@@ -28,9 +28,13 @@ from farshore.log import Log
 
 _log = Log(__name__)
 _SECOND = 10**9
-#: A chapter ends after so many seconds, or entries.
+#: A chapter ends after so many seconds or entries, or when it takes so small a part of all the space.
+CHAPTERS_IN_SPACE = 16
 CHAPTER_SECONDS = 600
 CHAPTER_ENTRIES = 20_000
+#: This much stays free on each filesystem that is written to, but no more than this part of a small one.
+RESERVE_BYTES = 64 << 20
+RESERVE_SHARE = 20
 _HOUR, _DAY = 3600, 86_400
 _BLOCK = 512
 _encoder = msgspec.msgpack.Encoder()
@@ -130,7 +134,8 @@ class History:
 
     def _is_full(self, chapter: Chapter) -> bool:
         age = self._now_ns() - chapter.first_ns
-        return chapter.entries >= CHAPTER_ENTRIES or age >= CHAPTER_SECONDS * _SECOND or chapter.merged
+        large = chapter.kept * CHAPTERS_IN_SPACE > self._limit()
+        return large or chapter.entries >= CHAPTER_ENTRIES or age >= CHAPTER_SECONDS * _SECOND or chapter.merged
 
     def _note_found(self, number: int, place: Place, body: bytes) -> None:
         step = _decoder.decode(body)
@@ -241,10 +246,13 @@ class History:
             _log.warning("the history takes more space than it may; its oldest part goes", limit=limit)
             self._drop_oldest()
 
-    def make_room(self, wanted: int) -> bool:
-        """Drop the oldest chapters until so many bytes are free where the files are; returns whether any went."""
+    def make_room(self) -> bool:
+        """Something found the disk full: drop the oldest chapter, and more until there is well more than the reserve.
+
+        Returns whether there was any.
+        """
         dropped = False
-        while self.chapters and self._free() < wanted:
+        while self.chapters and (not dropped or self._is_short()):
             self._drop_oldest()
             dropped = True
         return dropped
@@ -309,13 +317,13 @@ class History:
                 sizes.append(status.f_blocks * status.f_frsize)
         return self._retention.space_of(min(sizes, default=0))
 
-    def _free(self) -> int:
-        free = []
+    def _is_short(self) -> bool:
         for stage in self._stages:
             with contextlib.suppress(OSError, StateError):
                 status = os.statvfs(stage.place())
-                free.append(status.f_bavail * status.f_frsize)
-        return min(free, default=0)
+                if status.f_bavail * status.f_frsize < 2 * reserve_of(status):
+                    return True
+        return False
 
 
 def _is_in(path: bytes, directory: bytes) -> bool:
@@ -325,6 +333,11 @@ def _is_in(path: bytes, directory: bytes) -> bool:
 
 def _clock(time_ns: int) -> str:
     return datetime.fromtimestamp(time_ns / _SECOND).isoformat(" ", "seconds")
+
+
+def reserve_of(status: os.statvfs_result) -> int:
+    """Bytes that stay free on a filesystem: what was accepted must have room to be applied."""
+    return min(RESERVE_BYTES, status.f_blocks * status.f_frsize // RESERVE_SHARE)
 
 
 def merge(steps: Sequence[Step]) -> tuple[list[Step], list[Kept]]:

@@ -202,6 +202,7 @@ class Stager:
         except (_Refused, Interrupted, ProtocolError):
             raise
         except Exception as error:
+            self._applier.make_room_for(error, self._worker)
             raise _Refused(refusal(transaction.seq, root, operation.path, error)) from None
         transaction.size += len(body)
         transaction.bodies.append(body)
@@ -326,6 +327,7 @@ class Stager:
         except Interrupted:
             raise
         except Exception as error:
+            self._applier.make_room_for(error, self._worker)
             upload.failure = refusal(0, root, upload.path, error)
             raise _Refused(upload.failure) from None
         finally:
@@ -377,7 +379,7 @@ class Stager:
         except BaseException as error:
             self._worker.submit(self._applier.abandon, batch)
             if isinstance(error, OSError):
-                self._worker.submit(self._applier.make_room)
+                self._applier.make_room_for(error, self._worker)
                 where = f"{error.filename}: " if error.filename else ""
                 reason = f"making it durable: {where}{error.strerror or error}"
                 raise _Refused(Nak(batch[0].seq, 0, b"", reason, False)) from None
