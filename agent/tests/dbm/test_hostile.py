@@ -185,8 +185,8 @@ def test_a_block_of_messages_leaves_the_loop_to_others(replica: Replica) -> None
         replica.disconnect()
     stop = True
     ticking.result(60)
-    # A machine that is busy makes it wait too; without turns it was some seconds.
-    assert longest < 1.5
+    # A machine that is busy makes it wait too; it was a minute when each upload was looked for among all of them.
+    assert longest < 10
 
 
 def test_the_path_of_an_upload_fits_into_a_welcome(replica: Replica) -> None:
