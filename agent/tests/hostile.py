@@ -28,11 +28,13 @@ import tempfile
 import threading
 import time
 import traceback
+import typing
 from collections import Counter
 from pathlib import Path
 from typing import Any, ClassVar
 
 import blake3
+import msgspec
 import zstandard
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
@@ -54,6 +56,7 @@ from farshore.dbm.messages import (
     Copy,
     Drop,
     Entries,
+    FromSource,
     Hello,
     InStep,
     Link,
@@ -249,6 +252,36 @@ TAME = st.one_of(
     st.builds(Remove, st.just(0), PLAIN_PATHS),
     st.builds(SetMeta, st.just(0), PLAIN_PATHS, st.just(DIRECTORY)),
 )
+
+
+def any_of(kind: Any) -> st.SearchStrategy[Any]:
+    """Values of a message's type, or of a field's: what is added to the protocol is tried, too."""
+    plain: dict[Any, st.SearchStrategy[Any]] = {
+        int: NUMBERS,
+        bytes: PATHS,
+        str: st.text(max_size=5),
+        bool: st.booleans(),
+        float: st.floats(),
+        type(None): st.none(),
+        Meta: METAS,
+    }
+    if kind in plain:
+        return plain[kind]
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Annotated:
+        return any_of(inner[0])
+    if origin is list:
+        return st.lists(any_of(inner[0]), max_size=3)
+    if origin is tuple:
+        return st.tuples(*map(any_of, inner))
+    if origin is typing.Literal:
+        return st.sampled_from(inner)
+    if inner:
+        return st.one_of(*map(any_of, inner))
+    fields = {field.name: any_of(field.type) for field in msgspec.structs.fields(kind)}
+    return st.builds(kind, **fields)
+
+
 UPLOADS = st.builds(Upload, NUMBERS, ROOTS, PATHS, st.booleans(), st.booleans(), st.just(0) | NUMBERS)
 FRAMES = st.one_of(
     OPERATIONS,
@@ -262,6 +295,7 @@ FRAMES = st.one_of(
     st.builds(ListTree, st.booleans()),
     st.builds(Hello, NUMBERS, st.text(max_size=5), NUMBERS, st.lists(st.text(max_size=5), max_size=3)),
     st.just(InStep()),
+    any_of(FromSource),
 )
 
 
