@@ -263,12 +263,12 @@ class PowerCampaign(Campaign):
             mounted = False
             again = self._chance.random() < 0.15
             if again:
-                machine.freeze_at(self._chance.choice(["write", "flush"]), _few(self._chance))
+                machine.freeze_at(self._chance.choice(["write", "flush"]), self._chance.choice([1, 2, 3]))
+            self._start_neighbour(side)
             self._start(side)
             if not again or not self._disarmed(machine):
                 break
             self._cut([side], "while the node starts", may_be_dead=True)
-        self._start_neighbour(side)
 
     @staticmethod
     def _disarmed(machine: Machine) -> bool:

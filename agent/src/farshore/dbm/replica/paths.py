@@ -148,6 +148,9 @@ class Handles:
         if not path:
             return os.open(os.path.basename(self._root), _OPEN_DIRECTORY, dir_fd=self.directory(None))
         check(path)
+        # openat2(2) with RESOLVE_BENEATH and RESOLVE_NO_SYMLINKS would be one call, by ctypes: 1.9 us instead of 2.1
+        # for one component, the usual case as the directory above is at hand, and 2.5 instead of 5.2 for four. That is
+        # not worth a second way in.
         at = self._nearest(path)
         handle = os.dup(self.directory(at))
         try:
