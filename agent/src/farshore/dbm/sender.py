@@ -585,6 +585,9 @@ class Sender:
                     part = self._checked(await inbox.next())
             except TimeoutError:
                 raise PeerUnreachable(self._peer.node, f"no answer within {_ANSWER_SECONDS:g} s") from None
+            if isinstance(part, Pong):
+                # It has still to apply what it has accepted.
+                continue
             if not isinstance(part, Entries):
                 raise ProtocolError(self._peer.node, f"{type(part).__name__} instead of Entries")
             # What is too long to be named cannot be told about either; it goes with what it lies in.
