@@ -23,6 +23,7 @@ from farshore.config import Consistency, Endpoint, NodeConfig, NodeGroup, NodeRe
 from farshore.daemons.node import Node
 from farshore.dbm.index import OPEN, Index
 from farshore.dbm.planner import Planned, Planner
+from farshore.dbm.replica import commit
 from farshore.dbm.sender import Sender
 from farshore.dbm.state import merged
 from farshore.errors import NotInTime
@@ -437,6 +438,37 @@ async def test_an_incomplete_state_is_not_promoted(pair: Pair, held: threading.E
     await pair.remote.groups["web"].flush(60)
     assert differences(pair.local_tree, pair.remote_tree) == []
     assert has(pair, "1")
+    # Home again: what was held then is not taken for a part of what comes now.
+    await pair.remote.groups["web"].freeze(2, 60)
+    await pair.own("local", 3)
+    (pair.local_tree / "home").write_text("again")
+    await flush(pair)
+    assert differences(pair.local_tree, pair.remote_tree) == []
+    assert has(pair, "1")
+
+
+async def test_a_state_may_be_larger_than_what_may_wait(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And within it the replica is asked for signatures of its files."""
+    monkeypatch.setattr(commit, "BACKLOG_BYTES", 200_000)
+    monkeypatch.setattr(commit, "MEMORY_BYTES", 100_000)
+    for number in range(6):
+        (pair.local_tree / f"large{number}").write_bytes(os.urandom(200_000))
+    await pair.own("local", 1)
+    await flush(pair)
+    await pair.local.stop()
+    for each in (pair.local.config.state_dir / "groups" / "web").glob("index.db*"):
+        each.unlink()
+    for number in range(6):
+        with (pair.local_tree / f"large{number}").open("r+b") as file:
+            file.write(b"changed")
+    for number in range(200):
+        (pair.local_tree / f"small{number}").write_bytes(os.urandom(30_000))
+    pair.local = Node(pair.local.config)
+    await pair.local.start(None)
+    await flush(pair)
+    assert differences(pair.local_tree, pair.remote_tree) == []
+    sender = pair.local.groups["web"]._sender
+    assert sender is not None and sender.sent_bytes < 200 * 30_000 + 6 * 200_000 // 2
 
 
 @pytest.mark.parametrize("victims", [("local",), ("remote",), ("remote", "local")])
