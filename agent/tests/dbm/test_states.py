@@ -279,6 +279,16 @@ async def test_a_link_that_breaks_loses_nothing(pair: Pair) -> None:
         await pair.restart(side)
         await flush(pair)
         assert differences(pair.local_tree / "random", pair.remote_tree / "random") == []
+    # With nothing to send, too, it is told that no state is open.
+    sender = pair.local.groups["web"]._sender
+    assert sender is not None
+    await until(lambda: sender.in_step and not sender._open, "all is told")
+    session = pair.remote.groups["web"]._session
+    assert session is not None
+    session.cancel()
+    await until(lambda: not sender.connected, "the link is broken")
+    await until(lambda: sender.in_step and not sender._open, "all is told once more")
+    assert sender.held([(0, b"random")]) == set()
 
 
 async def test_without_a_snapshot_nothing_is_sent_and_the_cause_is_told(disk: Path, tmp_path: Path) -> None:
@@ -425,6 +435,8 @@ async def test_an_incomplete_state_is_not_promoted(pair: Pair, held: threading.E
     assert has(pair, "1")
     status = (await pair.local.status()).groups["web"]
     assert not status.in_step and status.rpo and status.backlog_paths
+    sender = pair.local.groups["web"]._sender
+    assert sender is not None and sender.held([(0, b"untouched")]) == {(0, b"untouched")}
     with pytest.raises(NotInTime):
         await pair.local.groups["web"].flush(0.3)
     await pair.local.stop()
