@@ -120,6 +120,8 @@ class Pair:
                         "side": "local" if name == "source" else "remote",
                         "peer": {"node": peer, "address": _HOST, "port": reached[peer]},
                         "paths": [{"source": "/bench", "path": str(tree)}],
+                        # It judges, and costs what it costs, but what a row removes afterwards is not held.
+                        "brake": {"mode": "warn"},
                     }
                 },
             }
@@ -150,11 +152,14 @@ class Pair:
     def _socket(self, name: str) -> Path:
         return self._states[name] / "run" / client.NODE_SOCKET
 
-    def flush(self, timeout: float = _LONGEST) -> None:
-        """Return when every change made before is durable on the replica; raises BenchError."""
+    def flush(self, timeout: float = _LONGEST, *, durable: bool = False) -> None:
+        """Return when the replica's tree has every change made before, with ``durable`` when they are on its disk.
+
+        Raises BenchError.
+        """
         for daemon in self.daemons.values():
             daemon.check()
-        self._ask("source", api.Flush(timeout, GROUP), timeout + 5)
+        self._ask("source", api.Flush(timeout, GROUP, durable), timeout + 5)
 
     def status(self) -> api.GroupStatus:
         """How the source is."""
@@ -176,12 +181,14 @@ class Pair:
         cpu, wire = self.cpu(), connection_bytes(self._port)
         began = time.monotonic()
         change()
-        self.flush(timeout)
+        self.flush(timeout, durable=True)
         seconds = time.monotonic() - began
+        self.flush(timeout)
+        applied = time.monotonic() - began
         carried = sum(count - wire.get(port, 0) for port, count in connection_bytes(self._port).items())
         # What is done after the acknowledgement is not waited for, but it is work all the same.
         settle(self.cpu)
-        return Sample(seconds, self.cpu() - cpu, carried)
+        return Sample(seconds, self.cpu() - cpu, carried, {"s until in the tree": applied})
 
     def stop(self) -> None:
         """End both nodes, the source first, and the relay."""

@@ -73,6 +73,15 @@ def test_the_digest_is_blake3s(size: int, length: int) -> None:
     assert len(signature) == -(-length // size)
 
 
+@pytest.mark.parametrize("size", [1024, 4096, 32_768, 131_072])
+@pytest.mark.parametrize("length", [131_072, 300_001, 600_000])
+def test_blocks_smaller_and_larger_than_the_lanes_take_have_both_their_checksums(size: int, length: int) -> None:
+    data = noise(length, 6)
+    signature, expected = sign(io.BytesIO(data), size), reference.sign(data, size)
+    assert signature.weak.tolist() == [weak for weak, _ in expected.blocks]
+    assert signature.strong == b"".join(strong for _, strong in expected.blocks)
+
+
 @examples(30)
 @given(st.integers(0, 2**54), st.integers(1, 9000))
 def test_any_subtree_anywhere(first: int, length: int) -> None:
@@ -83,7 +92,7 @@ def test_any_subtree_anywhere(first: int, length: int) -> None:
 
 
 @pytest.mark.parametrize("shift", [0, 1, 2, 3, 4])
-@pytest.mark.parametrize("count", [1, 2, 3, 7, 8])
+@pytest.mark.parametrize("count", sorted({1, 2, 3, 7, 8, kernels.GROUP}))
 def test_blocks_from_anywhere_as_blocks_of_anywhere(shift: int, count: int) -> None:
     size = CHUNK << shift
     data = noise(size * 2 + 1000, 4)

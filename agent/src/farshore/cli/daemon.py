@@ -28,6 +28,6 @@ def directory(arguments: argparse.Namespace) -> Path:
 
 def ask_node(
     arguments: argparse.Namespace, request: api.Request, timeout: float
-) -> api.NodeStatus | api.MonitorStatus | api.Done:
+) -> api.NodeStatus | api.MonitorStatus | api.HistoryAnswer | api.Done:
     """Ask ``farshore-node`` (or a mirror); raises as ``client.ask_socket``."""
     return asyncio.run(client.ask_socket(directory(arguments) / client.NODE_SOCKET, request, timeout))

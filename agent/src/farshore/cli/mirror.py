@@ -31,6 +31,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--once", action="store_true", help="end when DST is in step")
     parser.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help="gitignore pattern")
     parser.add_argument("--include", action="append", default=[], metavar="PATTERN", help="exception to an exclude")
+    parser.add_argument(
+        "--history",
+        action="store_true",
+        help="remember what DST was; 'farshore history --state DIR/replica mirror' tells what there is",
+    )
     parser.add_argument("source", metavar="SRC")
     parser.add_argument("destination", metavar="DST")
     parser.set_defaults(func=run)
@@ -53,7 +58,9 @@ def run(arguments: argparse.Namespace) -> int:
         if path == others or path.startswith(others.rstrip("/") + "/"):
             raise UsageError(f"{name} {path} lies in {other} {others}; the two must be apart")
     options = tuple(arguments.include), tuple(arguments.exclude)
-    return asyncio.run(_mirror(source, destination, Path(state), *options, once=arguments.once))
+    return asyncio.run(
+        _mirror(source, destination, Path(state), *options, once=arguments.once, history=arguments.history)
+    )
 
 
 async def _mirror(
@@ -64,8 +71,9 @@ async def _mirror(
     exclude: tuple[str, ...],
     *,
     once: bool,
+    history: bool = False,
 ) -> int:
-    from farshore.config import BrakeConfig, Endpoint, NodeConfig, NodeGroup, NodeRef, PathConfig, Tls
+    from farshore.config import BrakeConfig, Endpoint, History, NodeConfig, NodeGroup, NodeRef, PathConfig, Tls
     from farshore.control import client
     from farshore.daemons.node import Node
 
@@ -81,6 +89,7 @@ async def _mirror(
             paths=(PathConfig("/mirror", path, include, exclude),),
             # Whoever asks for a mirror wants what is there, whatever becomes of it.
             brake=BrakeConfig("off"),
+            history=History() if history else History("0", "0", "0"),
         )
         return NodeConfig(name, Endpoint(_HOST, 0), keys, {_GROUP: group}, state_dir=state / name)
 
@@ -91,7 +100,7 @@ async def _mirror(
     replica = Node(config("replica", "source", 0, destination))
     origin: Node | None = None
     try:
-        await replica.start(None)
+        await replica.start(state / "replica" / client.NODE_SOCKET)
         origin = Node(config("source", "replica", replica.port, source))
         await origin.start(state / client.NODE_SOCKET)
         await replica.groups[_GROUP].set_owner("local", 1, False)

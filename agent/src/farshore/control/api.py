@@ -95,6 +95,31 @@ class Reject(_Message, frozen=True, tag="reject"):
     group: str
 
 
+class History(_Message, frozen=True, tag="history"):
+    """What can be gone back to of ``group``, or, with an absolute ``path`` of this server, what changed there.
+
+    At most ``limit`` changes. Local administrator only.
+    """
+
+    group: str
+    path: str = ""
+    limit: int = 100
+
+
+class Restore(_Message, frozen=True, tag="restore"):
+    """Bring back ``path`` of ``group`` ("" means all) as it was after transaction ``seq`` or at ``time_ns``.
+
+    Copies go to the directory ``to``, or, if that is "", in place, which the owner alone may. Answered when it is done;
+    a node's status tells how far it is. Local administrator only.
+    """
+
+    group: str
+    path: str = ""
+    seq: int | None = None
+    time_ns: int | None = None
+    to: str = ""
+
+
 class Verify(_Message, frozen=True, tag="verify"):
     """Begin to compare source, index and replica of ``group`` ("" means all); the owner answers Done at once.
 
@@ -121,7 +146,21 @@ class Wish(_Message, frozen=True, tag="wish"):
     want: Literal["failover", "failback", "recover", "none"]
 
 
-Request = StatusRequest | SetOwner | Freeze | Thaw | Flush | Pause | Resume | Approve | Reject | Verify | Wish
+Request = (
+    StatusRequest
+    | SetOwner
+    | Freeze
+    | Thaw
+    | Flush
+    | Pause
+    | Resume
+    | Approve
+    | Reject
+    | History
+    | Restore
+    | Verify
+    | Wish
+)
 
 # --- answers -------------------------------------------------------------------------------------
 
@@ -194,8 +233,9 @@ class GroupStatus(msgspec.Struct, frozen=True):
     the side that doesn't own the group. ``in_step``: this node owns the group and everything seen so far is
     durable on the other side. ``backlog_bytes``: what this replica has made durable and not applied to its tree yet.
     ``history_since``: seconds since the epoch of the oldest state that this replica can go back to; ``history_bytes``:
-    what its history takes. ``held``: why this replica does not apply what it receives until the administrator has
-    decided, "" when it does; ``held_transactions`` wait since ``held_since`` (seconds since the Unix epoch, else 0).
+    what its history takes; ``restoring``: how far a restore is, "" when none is under way. ``held``: why this replica
+    does not apply what it receives until the administrator has decided, "" when it does; ``held_transactions`` wait
+    since ``held_since`` (seconds since the Unix epoch, else 0).
     """
 
     group: str
@@ -216,6 +256,7 @@ class GroupStatus(msgspec.Struct, frozen=True):
     backlog_bytes: int = 0
     history_since: float | None = None
     history_bytes: int = 0
+    restoring: str = ""
     held: str = ""
     held_transactions: int = 0
     held_since: float = 0.0
@@ -274,6 +315,43 @@ class Done(_Message, frozen=True, tag="done"):
     detail: str = ""
 
 
+class Version(msgspec.Struct, frozen=True):
+    """A change at a path: what the transaction ``seq``, made durable at ``time`` (seconds since the Unix epoch), did.
+
+    ``was``: "nothing", "file", "directory", "link", "other", "metadata", or "moved", which is what can be gone back to;
+    ``size`` and ``mtime`` are those of a file that was there. ``path`` is where it was then.
+    """
+
+    seq: int
+    time: float
+    was: str
+    size: int
+    mtime: float
+    path: str
+
+
+class Span(msgspec.Struct, frozen=True):
+    """A part of the history: transactions ``first`` to ``last`` between two times, in seconds since the Unix epoch.
+
+    ``exact``: every one of them can be gone back to, otherwise only the state before the first. ``size`` in bytes.
+    """
+
+    first: int
+    last: int
+    begin: float
+    end: float
+    exact: bool
+    changes: int
+    size: int
+
+
+class HistoryAnswer(_Message, frozen=True, tag="history-is"):
+    """Answer to History: ``spans``, the oldest first, or ``versions`` of a path, the newest first."""
+
+    spans: list[Span]
+    versions: list[Version]
+
+
 class Failed(_Message, frozen=True, tag="failed"):
     """The request was not carried out; ``code`` is the exit code of the error behind it."""
 
@@ -281,4 +359,4 @@ class Failed(_Message, frozen=True, tag="failed"):
     code: int = 1
 
 
-Answer = NodeStatus | MonitorStatus | Done | Failed
+Answer = NodeStatus | MonitorStatus | HistoryAnswer | Done | Failed

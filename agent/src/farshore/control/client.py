@@ -15,6 +15,8 @@ from farshore.errors import FarshoreError, NotInTime, PeerUnreachable
 
 _CODEC: wire.Codec[api.Answer] = wire.Codec(api.Answer)
 
+Answer = api.NodeStatus | api.MonitorStatus | api.HistoryAnswer | api.Done
+
 #: Name of a daemon's socket in its runtime or state directory.
 NODE_SOCKET = "node.sock"
 MONITOR_SOCKET = "monitor.sock"
@@ -30,7 +32,7 @@ class RequestFailed(FarshoreError):
 
 async def ask_peer(
     peer: NodeRef, context: ssl.SSLContext | tls.Credentials, request: api.Request, timeout: float
-) -> api.NodeStatus | api.MonitorStatus | api.Done:
+) -> Answer:
     """Send ``request`` to the daemon on another host and return its answer.
 
     Raises PeerUnreachable, NotInTime, ProtocolError, or RequestFailed with the daemon's reason.
@@ -39,7 +41,7 @@ async def ask_peer(
     return await _exchange(reader, writer, request, timeout, peer.node)
 
 
-async def ask_socket(path: Path, request: api.Request, timeout: float) -> api.NodeStatus | api.MonitorStatus | api.Done:
+async def ask_socket(path: Path, request: api.Request, timeout: float) -> Answer:
     """Send ``request`` to the daemon on this host whose socket is ``path``; raises as ``ask_peer``."""
     try:
         # A socket's address holds 107 bytes; going through the directory's descriptor lifts that limit.
@@ -61,7 +63,7 @@ async def _exchange(
     request: api.Request,
     timeout: float,
     who: str,
-) -> api.NodeStatus | api.MonitorStatus | api.Done:
+) -> Answer:
     try:
         async with asyncio.timeout(timeout):
             writer.write(wire.frame(request))

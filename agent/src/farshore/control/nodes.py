@@ -24,7 +24,7 @@ POLL_INTERVAL = 1.0
 POLL_TIMEOUT = 2.0
 
 #: Sends one request to one node; raises as ``control.client.ask_peer``.
-Ask = Callable[[NodeRef, api.Request, float], Awaitable[api.NodeStatus | api.MonitorStatus | api.Done]]
+Ask = Callable[[NodeRef, api.Request, float], Awaitable[api.Answer]]
 
 
 class Node(Protocol):
@@ -44,7 +44,7 @@ class Node(Protocol):
 def over_tls(context: ssl.SSLContext | Credentials) -> Ask:
     """Ask nodes over TLS as the identity in ``context``."""
 
-    async def ask(peer: NodeRef, request: api.Request, timeout: float) -> api.NodeStatus | api.MonitorStatus | api.Done:
+    async def ask(peer: NodeRef, request: api.Request, timeout: float) -> api.Answer:
         return await ask_peer(peer, context, request, timeout)
 
     return ask

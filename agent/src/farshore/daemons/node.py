@@ -21,6 +21,7 @@ from farshore.daemons.listener import FIRST_FRAME_SECONDS, Caller, Listener
 from farshore.dbm import receiver, wire
 from farshore.dbm.group import Group
 from farshore.dbm.messages import Hello, Refused
+from farshore.dbm.replica.restore import When
 from farshore.errors import FarshoreError, PeerRefused, UsageError
 from farshore.log import Log
 
@@ -146,6 +147,10 @@ class Node:
                 return api.Done("; ".join([await group.pause() for group in self._owned(name)]))
             case api.Resume(group=name):
                 return api.Done("; ".join([await group.resume() for group in self._owned(name)]))
+            case api.History(group=name, path=path, limit=limit):
+                return await self._group(name).history(path, limit)
+            case api.Restore(group=name, path=path, seq=seq, time_ns=time_ns, to=to):
+                return api.Done(await self._group(name).restore(path, When(seq, time_ns), to))
             case api.Approve(group=name):
                 return api.Done(await self._group(name).approve())
             case api.Reject(group=name):

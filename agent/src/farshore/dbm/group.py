@@ -8,6 +8,7 @@ import os
 import secrets
 import ssl
 import stat
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,12 +18,15 @@ from typing import TypeVar
 
 from farshore.config import NodeGroup, Side
 from farshore.control import units
-from farshore.control.api import GroupStatus
+from farshore.control.api import GroupStatus, HistoryAnswer
 from farshore.dbm import receiver, wire
 from farshore.dbm.index import Index
 from farshore.dbm.messages import Hello, Refused, Welcome
 from farshore.dbm.record import Record, load, store
+from farshore.dbm.replica import restore
 from farshore.dbm.replica.guard import Guard
+from farshore.dbm.replica.history import NotRemembered
+from farshore.dbm.replica.view import Progress
 from farshore.dbm.sender import Sender
 from farshore.dbm.snapshots import Snapshots
 from farshore.dbm.verify.verifier import Verifier
@@ -98,6 +102,9 @@ class Group:
         self._fenced_by = 0
         self._replica_problems: dict[str, None] = {}
         self._kept_aside = 0
+        self._restoring: Progress | None = None
+        #: Ends a restore.
+        self._ending = threading.Event()
 
     @property
     def owns(self) -> bool:
@@ -138,6 +145,7 @@ class Group:
         """End all work; the role stays on record."""
         if self._tending is not None:
             self._tending.cancel()
+        self._ending.set()
         async with self._change:
             await self._stop_source()
             await self._stop_replica()
@@ -279,6 +287,8 @@ class Group:
                 raise OwnerDiffers(self.name, epoch, self._record.owner)
             mine = owner == self.config.side
             if epoch > self._record.epoch:
+                self._ending.set()
+                await self._in_worker(self._ending.clear)
                 await (self._become_owner(epoch, with_units) if mine else self._become_replica(epoch, with_units))
             elif with_units and mine and not self._record.frozen:
                 await units.start(self.config.units)
@@ -301,6 +311,7 @@ class Group:
                 was_in_step=False,
                 keep_aside=keep,
                 lineage="",
+                owner_since_ns=self._record.owner_since_ns if was_owner else time.time_ns(),
             )
         )
         _log.info("owner", group=self.name, epoch=epoch)
@@ -430,6 +441,66 @@ class Group:
         return f"{self.name} is watched again"
 
     # --- the brake
+
+    # --- the past
+
+    async def history(self, path: str, limit: int) -> HistoryAnswer:
+        """What can be gone back to, or what changed at ``path``; raises UsageError, StateError."""
+
+        def look(applier: receiver.Applier) -> HistoryAnswer:
+            if path:
+                return HistoryAnswer([], restore.versions(applier, path, limit))
+            return HistoryAnswer(restore.spans(applier), [])
+
+        async with self._change:
+            return await self._in_worker(self._with_past, look)
+
+    async def restore(self, path: str, when: restore.When, to: str) -> str:
+        """Bring back what was at ``path``, to the directory ``to`` or, if that is "", in place.
+
+        Raises CannotRestore, NotRemembered, UsageError, StateError. Nothing is applied to the tree meanwhile.
+        """
+        if not to and not self.owns:
+            raise restore.CannotRestore(
+                self.name,
+                f"{self.config.peer.node} owns it, and would send its own state again; restore to a directory, or make "
+                "this side the owner first",
+            )
+        if self._restoring is not None:
+            raise restore.CannotRestore(self.name, "another restore is under way")
+        progress = self._restoring = Progress()
+        newest = self._record.owner_since_ns if self.owns else 0
+
+        def check() -> None:
+            if self._ending.is_set():
+                raise restore.CannotRestore(self.name, "the node ends, or the owner changes")
+
+        def bring(applier: receiver.Applier) -> str:
+            try:
+                if to:
+                    return restore.restore_to(applier, path, when, to, newest, progress, check)
+                return restore.restore_in_place(applier, path, when, newest, progress, check)
+            except OSError as error:
+                raise restore.CannotRestore(os.fsdecode(error.filename or self.name), error.strerror) from error
+
+        try:
+            text: str = await self._in_worker(self._with_past, bring)
+        finally:
+            self._restoring = None
+        _log.info("restored", group=self.name, what=text)
+        return text
+
+    def _with_past(self, call: Callable[[receiver.Applier], _T]) -> _T:
+        """In the worker: have ``call`` look at the replica's history, also when this node is the owner now."""
+        if self._applier is not None:
+            return call(self._applier)
+        if not (self._state / "history").exists():
+            raise NotRemembered(self.name, "this node has never been its replica")
+        applier = receiver.Applier(self._roots, self._state, self.config.history)
+        try:
+            return call(applier)
+        finally:
+            applier.close()
 
     async def approve(self) -> str:
         """Apply what the brake holds, or drop what was rejected and compare anew; raises NothingHeld, StateError."""
@@ -636,6 +707,7 @@ class Group:
             backlog_bytes=applier.backlog if applier is not None else 0,
             history_since=None if since is None else since / 1e9,
             history_bytes=applier.history.kept if applier is not None else 0,
+            restoring="" if self._restoring is None else f"{self._restoring.files} files",
             held=held.reason if held is not None else "",
             held_transactions=applier.waiting if applier is not None and held is not None else 0,
             held_since=held.since if held is not None else 0.0,

@@ -22,6 +22,8 @@ class Record:
     overwritten. ``frozen``: the owner's units were stopped for a switch; ``was_in_step``: and everything was durable
     on the other side afterwards, so this tree equalled the other at that moment. ``roots``: what the replica's roots
     were when it was last in step, as ``Group`` marks them; with others, the tree is not the one that was filled.
+    ``owner_since_ns``: the wall clock when this node became the owner; what others write to its tree since then is not
+    in its history.
     """
 
     epoch: int = 0
@@ -32,6 +34,7 @@ class Record:
     frozen: bool = False
     was_in_step: bool = False
     roots: tuple[int, ...] = ()
+    owner_since_ns: int = 0
 
 
 def load(path: Path) -> Record:

@@ -363,10 +363,13 @@ class Applier:
 
     # --- the past
 
-    def view(self, root: int, seq: int) -> View:
-        """Root number ``root`` as it was after transaction ``seq``; raises StateError, OSError, NotRemembered."""
+    def view(self, root: int, seq: int, newest_ns: int = 0) -> View:
+        """Root number ``root`` as it was after transaction ``seq``; raises StateError, OSError, NotRemembered.
+
+        What is in the tree and was changed there after ``newest_ns`` (0: nothing was) is not known.
+        """
         seq = self.history.check_seq(seq, self.applied)
-        view = View(self.trees[root].root, lambda kept: self._place_of(kept))
+        view = View(self.trees[root].root, self._place_of, newest_ns)
         for step in self.history.back_to(seq):
             view.undo(step, root)
         return view

@@ -55,10 +55,15 @@ class Node:
 
 
 class View:
-    """A root as it was. ``kept`` tells the absolute path of what a ``Kept`` entry names."""
+    """A root as it was. ``kept`` tells the absolute path of what a ``Kept`` entry names.
 
-    def __init__(self, root: bytes, kept: Callable[[Kept], bytes]) -> None:
+    Files in the tree whose ctime is after ``newest_ns`` were changed by others since, and are not known; 0: none was.
+    """
+
+    def __init__(self, root: bytes, kept: Callable[[Kept], bytes], newest_ns: int = 0) -> None:
         self._kept = kept
+        self._root = root + b"/"
+        self._newest_ns = newest_ns
         self._metas: dict[tuple[int, int], Meta] = {}
         self.top: Node | None = _node_at(root)
 
@@ -103,6 +108,12 @@ class View:
         if node.times is None:
             return meta
         return Meta(meta.mode, meta.uid, meta.gid, *node.times, meta.xattrs)
+
+    def is_known(self, node: Node, status: os.stat_result) -> bool:
+        """Whether a file is still what it was."""
+        assert node.place is not None
+        in_tree = node.place.startswith(self._root) or node.place + b"/" == self._root
+        return not (self._newest_ns and in_tree and status.st_ctime_ns > self._newest_ns)
 
     def _put(self, path: bytes, node: Node | None) -> None:
         """Let ``node``, or nothing, be at ``path``."""
@@ -182,22 +193,27 @@ def _make(
                 stack.append((below, path + b"/" + name if path else name, target + b"/" + name))
             continue
         try:
-            _make_file(view, node, target, progress, links)
+            made = _make_file(view, node, target, progress, links)
         except FileNotFoundError:
+            made = False
+        if not made:
             progress.missing.append(path)
     # Times and permissions of directories come last, the deepest first.
     for node, target in reversed(directories):
-        _give(target, view.meta_of(node))
+        give(target, view.meta_of(node))
 
 
-def _make_file(view: View, node: Node, target: bytes, progress: Progress, links: dict[tuple[int, int], bytes]) -> None:
+def _make_file(view: View, node: Node, target: bytes, progress: Progress, links: dict[tuple[int, int], bytes]) -> bool:
+    """Make a file; returns False when it is not known any more."""
     assert node.place is not None
     status = os.lstat(node.place)
+    if not view.is_known(node, status):
+        return False
     meta = view.meta_of(node)
     first = links.get((status.st_dev, status.st_ino))
     if first is not None:
         os.link(first, target, follow_symlinks=False)
-        return
+        return True
     if stat.S_ISREG(status.st_mode):
         _copy_content(node.place, target)
         progress.size += status.st_size
@@ -205,9 +221,10 @@ def _make_file(view: View, node: Node, target: bytes, progress: Progress, links:
         os.symlink(os.readlink(node.place), target)
     else:
         os.mknod(target, status.st_mode, status.st_rdev)
-    _give(target, meta)
+    give(target, meta)
     progress.files += 1
     links[status.st_dev, status.st_ino] = target
+    return True
 
 
 def _copy_content(source: bytes, target: bytes) -> None:
@@ -249,7 +266,7 @@ def _copy_data(reading: int, writing: int) -> None:
     os.ftruncate(writing, size)
 
 
-def _give(target: bytes, meta: Meta) -> None:
+def give(target: bytes, meta: Meta) -> None:
     """Give what was made its metadata; what cannot be kept here is left out."""
     with contextlib.suppress(PermissionError):
         os.chown(target, meta.uid, meta.gid, follow_symlinks=False)

@@ -1,0 +1,195 @@
+"""Bring back what a replica's tree was: beside it, or in its place. Runs in the applier's thread, so nothing changes
+the tree meanwhile; what arrives gathers in the journal.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from farshore.control.api import Span, Version
+from farshore.dbm.replica.commit import Applier
+from farshore.dbm.replica.history import NotRemembered
+from farshore.dbm.replica.undo import Absent, Kept, Moved, Step, Undo, WasDirectory, WasMeta
+from farshore.dbm.replica.view import Progress, copy_out, give
+from farshore.errors import FarshoreError, UsageError
+
+_SECOND = 10**9
+
+
+class CannotRestore(FarshoreError):
+    """{0}: {1}"""
+
+    exit_code = 36
+
+
+@dataclass(frozen=True, slots=True)
+class When:
+    """Which state is meant: the one after transaction ``seq``, or the one at a time of the wall clock, or the last."""
+
+    seq: int | None = None
+    time_ns: int | None = None
+
+    def resolve(self, applier: Applier) -> int:
+        """The transaction after which the state was; raises NotRemembered, StateError."""
+        if self.time_ns is not None:
+            return applier.history.at_time(self.time_ns, applier.applied)
+        return applier.history.check_seq(applier.applied if self.seq is None else self.seq, applier.applied)
+
+
+def find(applier: Applier, path: str) -> tuple[int, bytes]:
+    """Root number and path below it of an absolute path; raises UsageError when it is not protected."""
+    wanted = os.fsencode(path).rstrip(b"/")
+    for number, tree in enumerate(applier.trees):
+        if wanted == tree.root:
+            return number, b""
+        if wanted.startswith(tree.root + b"/"):
+            return number, wanted[len(tree.root) + 1 :]
+    known = ", ".join(os.fsdecode(tree.root) for tree in applier.trees)
+    raise UsageError(f"{path!r} does not lie in this group's tree here; allowed: a path in {known}")
+
+
+def spans(applier: Applier) -> list[Span]:
+    """What there is of a history, the oldest first."""
+    return [
+        Span(
+            chapter.first,
+            chapter.last,
+            chapter.first_ns / _SECOND,
+            chapter.last_ns / _SECOND,
+            not chapter.merged,
+            chapter.entries,
+            chapter.kept,
+        )
+        for chapter in applier.history.chapters
+    ]
+
+
+def versions(applier: Applier, path: str, most: int) -> list[Version]:
+    """What changed at a path, the last first; raises UsageError, StateError."""
+    root, below = find(applier, path)
+    found = []
+    for step, entry in applier.history.versions(root, below):
+        found.append(_version(applier, step, entry))
+        if len(found) >= most:
+            break
+    return found
+
+
+def _version(applier: Applier, step: Step, entry: Undo) -> Version:
+    where = applier.trees[entry.root].root + (b"/" + entry.path if entry.path else b"")
+    size, mtime = 0, 0.0
+    match entry:
+        case Absent():
+            was = "nothing"
+        case Kept(kind=kind):
+            was = {0o100000: "file", 0o040000: "directory", 0o120000: "link"}.get(kind, "other")
+            size, mtime = entry.size, entry.mtime_ns / _SECOND
+        case WasDirectory():
+            was = "directory"
+        case WasMeta(meta=meta):
+            was, mtime = "metadata", meta.mtime_ns / _SECOND
+        case Moved():
+            was = "moved"
+        case _:
+            was = "other"
+    name = os.fsdecode(where).encode("utf-8", "replace").decode()
+    return Version(step.seq, step.time_ns / _SECOND, was, size, mtime, name)
+
+
+def restore_to(
+    applier: Applier, path: str, when: When, target: str, newest_ns: int, progress: Progress, check: Callable[[], None]
+) -> str:
+    """Make copies below the directory ``target`` of what was at ``path`` ("" for all); returns what was done.
+
+    What changed on disk after ``newest_ns`` without the journal (0: nothing did) is not what it was, and left out.
+    Raises CannotRestore, NotRemembered, UsageError, OSError, and what ``check`` raises.
+    """
+    base = os.fsencode(target)
+    if not os.path.isabs(base):
+        raise UsageError(f"{target!r} is not an absolute path")
+    for tree in applier.trees:
+        if (base + b"/").startswith(tree.root + b"/") or (tree.root + b"/").startswith(base + b"/"):
+            raise CannotRestore(target, f"lies in, or above, {os.fsdecode(tree.root)}; choose a directory apart")
+    seq = when.resolve(applier)
+    os.makedirs(base, 0o700, exist_ok=True)
+    made = []
+    for root, below in _chosen(applier, path):
+        name = os.path.basename(below or applier.trees[root].root)
+        out = base + b"/" + name
+        if os.path.lexists(out):
+            raise CannotRestore(os.fsdecode(out), "is there already; choose an empty directory")
+        copy_out(applier.view(root, seq, newest_ns), below, out, progress, check)
+        made.append(os.fsdecode(out))
+    return _told(progress, seq, "in " + ", ".join(made))
+
+
+def restore_in_place(
+    applier: Applier, path: str, when: When, newest_ns: int, progress: Progress, check: Callable[[], None]
+) -> str:
+    """Put what was at ``path`` ("" for all) in the place of what is there now, which is kept aside; says where.
+
+    Raises as ``restore_to``. Each name is exchanged at once; a directory that is a root stays, and gets its old names.
+    """
+    seq = when.resolve(applier)
+    stamp = time.strftime("%Y%m%d-%H%M%S").encode()
+    kept = []
+    for root, below in _chosen(applier, path):
+        tree = applier.trees[root]
+        work = applier.stages[root].place() + b"/restore-" + stamp
+        os.makedirs(work, 0o700)
+        new, old = work + b"/new", work + b"/before"
+        view = applier.view(root, seq, newest_ns)
+        copy_out(view, below, new, progress, check)
+        place = tree.root + (b"/" + below if below else b"")
+        if below or not os.path.isdir(place) or not os.path.isdir(new):
+            if os.path.lexists(place):
+                os.rename(place, old)
+            os.rename(new, place)
+        else:
+            # Looked up before, as what follows changes it.
+            meta = None if view.top is None else view.meta_of(view.top)
+            os.mkdir(old, 0o700)
+            for name in {*os.listdir(place), *os.listdir(new)}:
+                if name.startswith(b".farshore-"):
+                    continue
+                if os.path.lexists(place + b"/" + name):
+                    os.rename(place + b"/" + name, old + b"/" + name)
+                if os.path.lexists(new + b"/" + name):
+                    os.rename(new + b"/" + name, place + b"/" + name)
+            os.rmdir(new)
+            if meta is not None:
+                give(place, meta)
+        if os.path.lexists(old):
+            kept.append(os.fsdecode(old))
+    return _told(progress, seq, "in place; what was there is in " + ", ".join(kept) if kept else "in place")
+
+
+def _chosen(applier: Applier, path: str) -> list[tuple[int, bytes]]:
+    if path:
+        return [find(applier, path)]
+    return [(root, b"") for root in range(len(applier.trees))]
+
+
+def _told(progress: Progress, seq: int, where: str) -> str:
+    text = f"{progress.files} files, {progress.size} bytes, as they were after transaction {seq}, are {where}"
+    if progress.missing:
+        some = ", ".join(os.fsdecode(path) for path in progress.missing[:5])
+        text += f"; {len(progress.missing)} are not known any more and left out: {some}"
+    return text
+
+
+__all__ = [
+    "CannotRestore",
+    "NotRemembered",
+    "Span",
+    "Version",
+    "When",
+    "find",
+    "restore_in_place",
+    "restore_to",
+    "spans",
+    "versions",
+]
