@@ -8,7 +8,8 @@ flush, both trees must be identical in content and metadata.
 SIGKILL ends a process and spares the kernel: what is in the page cache survives. ``powerloss.py`` takes that as well.
 
 With ``--snapshots``, the source's tree is on btrfs, whole states are sent, and two more things are looked at: that
-nobody stays frozen, and that no snapshot is left behind.
+nobody stays frozen, and that no snapshot is left behind. As the workload never syncs, and its files must be whole, the
+filesystem is mounted with flushoncommit.
 
     python agent/tests/crash.py --kills 1000 --minutes 40 --report build/crash/report.json
 """
@@ -574,7 +575,11 @@ def main() -> int:
     base.mkdir(exist_ok=True)
     with contextlib.ExitStack() as stack:
         try:
-            disk = stack.enter_context(filesystem("btrfs", base, 2048)) if options.snapshots else None
+            disk = (
+                stack.enter_context(filesystem("btrfs", base, 2048, "loop,flushoncommit"))
+                if options.snapshots
+                else None
+            )
         except CannotMount as error:
             print(f"cannot be tried here: {error}")
             return 77

@@ -23,7 +23,7 @@ class CannotMount(Exception):
 
 
 @contextlib.contextmanager
-def filesystem(kind: str, base: Path, megabytes: int = 512) -> Iterator[Path]:
+def filesystem(kind: str, base: Path, megabytes: int = 512, options: str = "loop") -> Iterator[Path]:
     """A new filesystem, mounted at ``base/KIND``; gone afterwards. Raises CannotMount."""
     maker, package = _MAKERS[kind]
     if shutil.which(maker[0]) is None:
@@ -35,7 +35,7 @@ def filesystem(kind: str, base: Path, megabytes: int = 512) -> Iterator[Path]:
     with image.open("wb") as file:
         file.truncate(megabytes << 20)
     subprocess.run([*maker, str(image)], check=True, capture_output=True)
-    mounted = subprocess.run(["mount", "-o", "loop", str(image), str(where)], capture_output=True, text=True)
+    mounted = subprocess.run(["mount", "-o", options, str(image), str(where)], capture_output=True, text=True)
     if mounted.returncode != 0:
         raise CannotMount(f"no {kind} on a loop device can be had: {mounted.stderr.strip()}")
     try:

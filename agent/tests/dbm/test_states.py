@@ -23,6 +23,7 @@ from farshore.config import Consistency, Endpoint, NodeConfig, NodeGroup, NodeRe
 from farshore.daemons.node import Node
 from farshore.dbm.index import OPEN, Index
 from farshore.dbm.planner import Planned, Planner
+from farshore.dbm.replica import commit
 from farshore.dbm.sender import Sender
 from farshore.dbm.state import merged
 from farshore.errors import NotInTime
@@ -278,6 +279,16 @@ async def test_a_link_that_breaks_loses_nothing(pair: Pair) -> None:
         await pair.restart(side)
         await flush(pair)
         assert differences(pair.local_tree / "random", pair.remote_tree / "random") == []
+    # With nothing to send, too, it is told that no state is open.
+    sender = pair.local.groups["web"]._sender
+    assert sender is not None
+    await until(lambda: sender.in_step and not sender._open, "all is told")
+    session = pair.remote.groups["web"]._session
+    assert session is not None
+    session.cancel()
+    await until(lambda: not sender.connected, "the link is broken")
+    await until(lambda: sender.in_step and not sender._open, "all is told once more")
+    assert sender.held([(0, b"random")]) == set()
 
 
 async def test_without_a_snapshot_nothing_is_sent_and_the_cause_is_told(disk: Path, tmp_path: Path) -> None:
@@ -424,6 +435,8 @@ async def test_an_incomplete_state_is_not_promoted(pair: Pair, held: threading.E
     assert has(pair, "1")
     status = (await pair.local.status()).groups["web"]
     assert not status.in_step and status.rpo and status.backlog_paths
+    sender = pair.local.groups["web"]._sender
+    assert sender is not None and sender.held([(0, b"untouched")]) == {(0, b"untouched")}
     with pytest.raises(NotInTime):
         await pair.local.groups["web"].flush(0.3)
     await pair.local.stop()
@@ -437,6 +450,37 @@ async def test_an_incomplete_state_is_not_promoted(pair: Pair, held: threading.E
     await pair.remote.groups["web"].flush(60)
     assert differences(pair.local_tree, pair.remote_tree) == []
     assert has(pair, "1")
+    # Home again: what was held then is not taken for a part of what comes now.
+    await pair.remote.groups["web"].freeze(2, 60)
+    await pair.own("local", 3)
+    (pair.local_tree / "home").write_text("again")
+    await flush(pair)
+    assert differences(pair.local_tree, pair.remote_tree) == []
+    assert has(pair, "1")
+
+
+async def test_a_state_may_be_larger_than_what_may_wait(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And within it the replica is asked for signatures of its files."""
+    monkeypatch.setattr(commit, "BACKLOG_BYTES", 200_000)
+    monkeypatch.setattr(commit, "MEMORY_BYTES", 100_000)
+    for number in range(6):
+        (pair.local_tree / f"large{number}").write_bytes(os.urandom(200_000))
+    await pair.own("local", 1)
+    await flush(pair)
+    await pair.local.stop()
+    for each in (pair.local.config.state_dir / "groups" / "web").glob("index.db*"):
+        each.unlink()
+    for number in range(6):
+        with (pair.local_tree / f"large{number}").open("r+b") as file:
+            file.write(b"changed")
+    for number in range(200):
+        (pair.local_tree / f"small{number}").write_bytes(os.urandom(30_000))
+    pair.local = Node(pair.local.config)
+    await pair.local.start(None)
+    await flush(pair)
+    assert differences(pair.local_tree, pair.remote_tree) == []
+    sender = pair.local.groups["web"]._sender
+    assert sender is not None and sender.sent_bytes < 200 * 30_000 + 6 * 200_000 // 2
 
 
 @pytest.mark.parametrize("victims", [("local",), ("remote",), ("remote", "local")])

@@ -460,6 +460,7 @@ class _Session(Listener):
         if not await self._settled():
             return
         if isinstance(message, ListTree):
+            await self._work(Pong(), self._applier.forget_incomplete)
             await self._send_entries(self._applier.entries(message.digests))
         elif isinstance(message, WantSignature):
             await self._send_signature(message.root, message.path)

@@ -585,6 +585,9 @@ class Sender:
                     part = self._checked(await inbox.next())
             except TimeoutError:
                 raise PeerUnreachable(self._peer.node, f"no answer within {_ANSWER_SECONDS:g} s") from None
+            if isinstance(part, Pong):
+                # It has still to apply what it has accepted.
+                continue
             if not isinstance(part, Entries):
                 raise ProtocolError(self._peer.node, f"{type(part).__name__} instead of Entries")
             # What is too long to be named cannot be told about either; it goes with what it lies in.
@@ -811,6 +814,10 @@ class Sender:
     async def _await_cycle(self, index: Index, planner: Planner) -> None:
         """Begin a cycle if it is time for one, else wait for something to happen."""
         if not self._dirty.waiting():
+            if self._open:
+                # Nothing was given back, so nothing was cut off.
+                await self._end_state(planner, index)
+                return
             await self._tell_states_in_step(index)
             await self._wake.wait()
             return
@@ -1014,7 +1021,9 @@ class Sender:
         return self._known(entry)
 
     def held(self, paths: Iterable[tuple[int, bytes]]) -> set[tuple[int, bytes]]:
-        """Which of the paths are dirty, or on their way."""
+        """Which of the paths are dirty, or on their way: all of them, while a state is not complete."""
+        if self._cycle is not None or self._open:
+            return set(paths)
         return self._dirty.held(paths)
 
     def doubt(self, hints: Sequence[Hint], changed: int) -> int:

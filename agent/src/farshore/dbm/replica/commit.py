@@ -17,6 +17,7 @@ import errno
 import io
 import itertools
 import os
+import shutil
 import stat
 import struct
 import threading
@@ -243,6 +244,12 @@ class Applier:
         return self._position.seq
 
     @property
+    def complete(self) -> int:
+        """The last transaction that was accepted and may be applied: the last that completes a state."""
+        with self._lock:
+            return next((each.seq for each in reversed(self._waiting) if not each.more), self._position.seq)
+
+    @property
     def backlog(self) -> int:
         """Bytes of transactions that were accepted and are not applied yet."""
         return self._backlog
@@ -270,7 +277,8 @@ class Applier:
 
     def has_room(self) -> bool:
         """Whether more may be accepted now."""
-        return self.backlog < BACKLOG_BYTES or self.held is not None
+        # What belongs to no complete state cannot be applied, so waiting for that would never end.
+        return self.backlog < BACKLOG_BYTES or self.held is not None or self.complete <= self.applied
 
     def interrupt(self) -> None:
         """End the work that is under way, for good; may be called from any thread."""
@@ -452,8 +460,11 @@ class Applier:
             stage.rest()
 
     def when_applied(self, call: Callable[[], None]) -> None:
-        """Call ``call``, in the applier's thread, once all that was accepted is applied and ``work`` was called."""
-        waiting = self.started, call
+        """Call ``call``, in the applier's thread, once what was accepted is applied and ``work`` was called.
+
+        Of a state that is not complete nothing is waited for: it may be the source's own question that it waits for.
+        """
+        waiting = self.complete, call
         with self._lock:
             # A peer may say a thousand times that all is in step.
             if not self._calls or self._calls[-1] != waiting:
@@ -560,6 +571,26 @@ class Applier:
         self.diverged = why
         _log.warning("what was received is set aside", transactions=count, kept=str(place), reason=why)
         return place
+
+    def forget_incomplete(self) -> None:
+        """Drop what belongs to a state that is not complete, as the source learns what the trees hold.
+
+        Raises StateError, OSError.
+        """
+        if self.held is not None or self.complete > self.applied:
+            return
+        with self._lock:
+            waiting = list(self._waiting)
+        dropped = [each.transaction or self._read(each) for each in waiting]
+        diverged = self.diverged
+        place = self.set_aside("a state that was not complete is dropped")
+        self.diverged = diverged
+        if place is not None:
+            shutil.rmtree(place, ignore_errors=True)
+        for transaction in dropped:
+            for operation, staged in transaction.operations:
+                if staged is not None:
+                    self._release(operation.root, staged.name)
 
     def in_step(self) -> None:
         """The source has sent everything, and all of it is applied."""
