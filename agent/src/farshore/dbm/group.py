@@ -19,8 +19,10 @@ from farshore.control.api import GroupStatus
 from farshore.dbm import receiver, wire
 from farshore.dbm.index import Index
 from farshore.dbm.messages import Hello, Refused, Welcome
+from farshore.dbm.owners import Owners
 from farshore.dbm.record import Record, load, store
 from farshore.dbm.sender import Sender
+from farshore.dbm.unkept import Unkept, texts
 from farshore.errors import FarshoreError, NotInTime, StaleEpoch
 from farshore.fmm.dirty import DirtySet
 from farshore.fmm.factory import make_watcher
@@ -80,7 +82,8 @@ class Group:
         self._confirmed = False
         self._paused = False
         self._fenced_by = 0
-        self._replica_problems: dict[str, None] = {}
+        self._unkept = Unkept(state / "unkept")
+        self._owners = Owners(config.side, config.owner_map, state / "owners.json") if config.owners == "name" else None
         self._kept_aside = 0
 
     @property
@@ -130,6 +133,7 @@ class Group:
             self._on_stale,
             self.config.bandwidth,
             self.config.compress,
+            self._owners,
         )
         roots = [root for _, root in self._roots]
         self._feed = Feed(lambda: make_watcher("auto", roots), self._dirty, self._sender.wake)
@@ -399,7 +403,8 @@ class Group:
             self._close_applier()
         if self._applier is None:
             self._applier_roots = self._root_marks()
-            self._applier = receiver.Applier(self._roots, self._state)
+            self._applier = receiver.Applier(self._roots, self._state, self._unkept)
+            self._applier.owners = self._owners
             index = self._state / "index.db"
             if self._record.keep_aside:
                 self._aside_index = Index(index) if index.exists() else None
@@ -447,20 +452,13 @@ class Group:
             self._worker.submit(self._end_aside)
             _log.info("in step with the source", group=self.name)
 
-    def problem(self, texts: list[str]) -> None:
-        """Remember what metadata could not be kept."""
-        for text in texts:
-            if text not in self._replica_problems:
-                _log.warning("not kept", group=self.name, what=text)
-            self._replica_problems[text] = None
-
     # --- status
 
     async def status(self) -> GroupStatus:
         """How the group is on this node."""
         sender = self._sender
         oldest = self._dirty.oldest() if sender is not None else None
-        problems = list(self._replica_problems)
+        problems = self._not_kept()
         if sender is not None:
             problems += sender.problems() + (self._feed.problems() if self._feed else [])
         kept = max(self._kept_aside, self._applier.kept_aside if self._applier else 0)
@@ -484,6 +482,11 @@ class Group:
             problems=problems,
             synced_once=self._record.synced_once,
         )
+
+    def _not_kept(self) -> list[str]:
+        """What this side lacks of its files' metadata, of which it is, or was, the replica."""
+        causes = self._unkept.causes() + (self._owners.unkept.causes() if self._owners is not None else [])
+        return [text if self._sender is None else f"since this side was the replica: {text}" for text in texts(causes)]
 
     def _in_step(self) -> bool:
         """True when everything is watched and everything seen is durable on the other side."""

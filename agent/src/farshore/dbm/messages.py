@@ -125,6 +125,13 @@ class SetMeta(_Message, frozen=True, tag="a"):
 Operation = MakeDir | Put | Patch | Copy | MakeSymlink | MakeNode | Link | Move | Remove | SetMeta
 
 
+class Names(_Message, frozen=True, tag="names"):
+    """Whom the sender of this means by owners' and groups' numbers in what follows; see ``dbm.owners``."""
+
+    users: dict[int, str]
+    groups: dict[int, str]
+
+
 # --- source to replica -------------------------------------------------------------------------------
 
 
@@ -216,6 +223,7 @@ FromSource = (
     | Commit
     | InStep
     | Ping
+    | Names
     | MakeDir
     | Put
     | Patch
@@ -266,10 +274,24 @@ class Refused(_Message, frozen=True, tag="refused"):
 
 
 class Ack(_Message, frozen=True, tag="ack"):
-    """All transactions up to ``seq`` are durable; ``problems`` names metadata that could not be kept, by cause."""
+    """All transactions up to ``seq`` are durable."""
 
     seq: int
-    problems: list[str]
+
+
+class Cause(msgspec.Struct, frozen=True, array_like=True):
+    """Why some metadata is not kept, of how many files (``more``: of more than that), and one of them."""
+
+    text: str
+    count: int
+    example: bytes
+    more: bool
+
+
+class Unkept(_Message, frozen=True, tag="unkept"):
+    """All metadata that the replica could not keep, as far as that is known now."""
+
+    causes: list[Cause]
 
 
 class Nak(_Message, frozen=True, tag="nak"):
@@ -328,4 +350,4 @@ class Pong(_Message, frozen=True, tag="pong"):
     """I am here."""
 
 
-FromReplica = Welcome | Refused | Ack | Nak | Entries | SignaturePart | NoSignature | Uploaded | Pong
+FromReplica = Welcome | Refused | Ack | Nak | Names | Entries | SignaturePart | NoSignature | Uploaded | Unkept | Pong

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol, TypeVar
@@ -20,6 +22,7 @@ from farshore.dbm.messages import (
     MAX_UPLOADS,
     Ack,
     Begin,
+    Cause,
     Chunk,
     Commit,
     Drop,
@@ -30,6 +33,7 @@ from farshore.dbm.messages import (
     InStep,
     ListTree,
     Nak,
+    Names,
     NoSignature,
     Patch,
     Ping,
@@ -37,10 +41,12 @@ from farshore.dbm.messages import (
     Put,
     Refused,
     SignaturePart,
+    Unkept,
     Uploaded,
     WantSignature,
 )
 from farshore.dbm.messages import Upload as UploadFrame
+from farshore.dbm.owners import Leaving, OwnersDiffer
 from farshore.dbm.replica.commit import Applier, refusal
 from farshore.dbm.replica.intake import Inbox, Switch
 from farshore.dbm.replica.staging import Item, Stager, metadata_size
@@ -58,6 +64,8 @@ QUEUE_BYTES = 8 << 20
 #: Answers that may wait for a source that does not read them.
 _MOST_ANSWERS = 256
 _ALIVE_SECONDS = 5.0
+#: The source is told how many files lack something after so many seconds.
+_UNKEPT_SECONDS = 5.0
 #: A step of an upload that is under way when the connection ends has so long to end in good order.
 _GRACE_SECONDS = 10.0
 _T = TypeVar("_T")
@@ -71,9 +79,6 @@ class Gate(Protocol):
 
     def in_step(self) -> None:
         """The source said that everything was sent."""
-
-    def problem(self, texts: list[str]) -> None:
-        """Metadata that could not be kept."""
 
 
 async def serve(
@@ -172,6 +177,10 @@ class _Session:
         self._refused = False
         self._settling: asyncio.Future[bool] | None = None
         self._failure: asyncio.Future[None] = self._loop.create_future()
+        #: What the source was told of metadata that is not kept, when, and the register's version then.
+        self._unkept: list[Cause] = []
+        self._unkept_at = -math.inf
+        self._unkept_version = 0
         # What is sorted out of the block at hand.
         self._items: list[Item] = []
         self._items_size = 0
@@ -181,6 +190,7 @@ class _Session:
     async def run(self) -> None:
         """Serve until the stream ends; raises what ends it otherwise."""
         self._applier.begin_session()
+        self._tell_unkept()
         self._stager.start()
         self._uploader.start()
         tasks: list[asyncio.Future[None]] = [
@@ -199,6 +209,9 @@ class _Session:
                     part.result()
         except StaleEpoch as error:
             self._outbox.put(Refused(str(error), True, error.args[2]))
+            await self._outbox.flush()
+        except OwnersDiffer as error:
+            self._outbox.put(Refused(str(error), False, 0))
             await self._outbox.flush()
 
     def end(self) -> None:
@@ -262,6 +275,8 @@ class _Session:
             self._pieces.append((upload, None, True))
         elif isinstance(message, InStep):
             self._add(self._in_step, 0)
+        elif isinstance(message, Names):
+            self._add(message, 100 * (len(message.users) + len(message.groups)))
         elif isinstance(message, Hello):
             raise ProtocolError(self._peer, "Hello for a second time")
         else:
@@ -285,6 +300,8 @@ class _Session:
 
     def _in_step(self) -> None:
         self._gate.in_step()
+        self._applier.end_unkept_round()
+        self._tell_unkept()
         self._worker.submit(self._applier.drop_suspended)
 
     # --- uploads
@@ -362,7 +379,7 @@ class _Session:
         for answer in answers:
             self._outbox.put(answer)
             if isinstance(answer, Ack):
-                self._gate.problem(answer.problems)
+                self._tell_unkept()
             else:
                 _log.warning("refused", peer=self._peer, seq=answer.seq, path=answer.path, reason=answer.reason)
                 self._refused = True
@@ -372,6 +389,19 @@ class _Session:
                     self._settling.set_result(False)
         for call in then:
             call()
+
+    def _tell_unkept(self) -> None:
+        """Tell the source what is not kept, if that has changed: a new cause at once, a number now and then."""
+        version = self._applier.unkept_version()
+        if version == self._unkept_version:
+            return
+        causes = self._applier.unkept_causes()
+        now = time.monotonic()
+        news = {cause.text for cause in causes} != {cause.text for cause in self._unkept}
+        if news or now - self._unkept_at >= _UNKEPT_SECONDS:
+            self._unkept, self._unkept_at, self._unkept_version = causes, now, version
+            self._outbox.put(Unkept(causes))
+            self._worker.submit(self._applier.store_unkept)
 
     def _fail(self, error: BaseException) -> None:
         """From any thread: the connection cannot go on."""
@@ -385,12 +415,14 @@ class _Session:
     async def _answer(self, message: FromSource) -> None:
         """Answer a question: Ping at once, the others when all that came before them is applied."""
         if isinstance(message, Ping):
+            self._tell_unkept()
             self._outbox.put(Pong())
             return
         await self._flush()
         if not await self._settled():
             return
         if isinstance(message, ListTree):
+            self._applier.begin_unkept_round()
             await self._send_entries(self._applier.entries(message.digests))
         elif isinstance(message, WantSignature):
             await self._send_signature(message.root, message.path)
@@ -410,7 +442,10 @@ class _Session:
         return await self._telling(Pong(), done)
 
     async def _send_entries(self, parts: Iterator[list[Entry]]) -> None:
+        leaving = Leaving(self._applier.owners)
         while (part := await self._work(Entries([], False), next, parts, None)) is not None:
+            for names in await self._work(Entries([], False), leaving.listed, part, self._applier.place):
+                self._outbox.put(names)
             self._outbox.put(Entries(part, False))
             await self._outbox.room()
         self._outbox.put(Entries([], True))

@@ -33,6 +33,7 @@ from farshore.dbm.blocks import BlockReader, BlockWriter, tune
 from farshore.dbm.index import LINEAGE, SEQ, Index, IndexDamaged, Known, clamp_time, is_damage, set_aside
 from farshore.dbm.messages import (
     Ack,
+    Cause,
     Entries,
     Entry,
     FromReplica,
@@ -40,17 +41,21 @@ from farshore.dbm.messages import (
     InStep,
     ListTree,
     Nak,
+    Names,
     NoSignature,
     Ping,
     Pong,
     Refused,
     SignaturePart,
+    Unkept,
     Uploaded,
     WantSignature,
     Welcome,
 )
+from farshore.dbm.owners import Arriving, Leaving, Owners
 from farshore.dbm.planner import MAX_OPERATIONS, MAX_PATH, Planned, Planner, dirty_everything
 from farshore.dbm.replica import paths
+from farshore.dbm.unkept import texts
 from farshore.dbm.uploads import Uploads
 from farshore.dbm.work import Batch, Job, Work
 from farshore.errors import (
@@ -193,6 +198,7 @@ class Sender:
         on_stale: Callable[[int], None],
         bandwidth: Bandwidth | None = None,
         compress: bool = True,
+        owners: Owners | None = None,
     ) -> None:
         self._group = group
         self._epoch = epoch
@@ -211,6 +217,7 @@ class Sender:
         self._pending: _Pending | None = None
         self._pacer = Pacer(bandwidth or Bandwidth())
         self._compress = compress
+        self._owners = owners
         self._batches: list[Batch] = []
         self._oldest_next = False
         # All that was taken and is not settled, and of that, in the order of their transactions, what is done here.
@@ -241,7 +248,8 @@ class Sender:
         #: The last transaction that the replica has made durable.
         self.seq = 0
         self._sent_before = 0
-        self.replica_problems: dict[str, None] = {}
+        #: Metadata that the replica could not keep, as it has told.
+        self.unkept: list[Cause] = []
 
     # --- for other threads and rooms
 
@@ -275,12 +283,12 @@ class Sender:
         """Why nothing can be promised now: a protected path is not there. "" when all are."""
         if self._planner is None or not self._planner.absent_roots:
             return ""
-        return self._planner.problems.get((min(self._planner.absent_roots), b"", "root"), "a protected path is missing")
+        return self._planner.why_absent(min(self._planner.absent_roots))
 
     def problems(self) -> list[str]:
         """What could not be read here or kept there."""
-        mine = list(self._planner.problems.values()) if self._planner else []
-        return mine + [f"{self._peer.node}: {text}" for text in self.replica_problems]
+        mine = self._planner.summaries() if self._planner else []
+        return mine + [f"{self._peer.node}: {text}" for text in texts(self.unkept)]
 
     async def wait_durable(self, mark: int, timeout: float) -> None:
         """Return when everything marked below ``mark`` is durable on the replica; raises NotInTime with the cause."""
@@ -402,6 +410,9 @@ class Sender:
         inbox = _Inbox(reader, self._peer.node)
         self._on_confirmed()
         index, planner = await self._in_worker(self._open_index)
+        planner.owners = Leaving(self._owners)
+        if self.unkept:
+            self.unkept = []
         hints = await self._in_worker(self._resume, index, planner, welcome)
         if hints is None:
             await self._compare(inbox, index, welcome)
@@ -467,16 +478,21 @@ class Sender:
         await self._in_worker(index.begin)
         await self._in_worker(index.clear)
         await self.send([wire.frame(ListTree(digests=not welcome.was_in_step))])
+        owners = Arriving(self._owners)
         while True:
             try:
                 async with asyncio.timeout(_ANSWER_SECONDS):
                     part = self._checked(await inbox.next())
             except TimeoutError:
                 raise PeerUnreachable(self._peer.node, f"no answer within {_ANSWER_SECONDS:g} s") from None
+            if isinstance(part, Names):
+                owners.learn(part)
+                continue
             if not isinstance(part, Entries):
                 raise ProtocolError(self._peer.node, f"{type(part).__name__} instead of Entries")
             # What is too long to be named cannot be told about either; it goes with what it lies in.
-            known = [self._known(entry) for entry in part.entries if len(entry.path) <= MAX_PATH]
+            entries = await self._in_worker(owners.listed, part.entries)
+            known = [self._known(entry) for entry in entries if len(entry.path) <= MAX_PATH]
             await self._in_worker(index.put_all, known)
             if part.last:
                 break
@@ -656,15 +672,13 @@ class Sender:
             message = self._checked(await inbox.next())
             self._heard = time.monotonic()
             match message:
-                case Ack(seq=seq, problems=problems):
+                case Ack(seq=seq):
                     if not self.seq < seq <= self._last:
                         raise ProtocolError(self._peer.node, f"Ack({seq}) after {self.seq} of {self._last}")
                     self._naks = 0
                     self.seq = seq
                     while self._flights and self._flights[0].seq <= seq:
                         self._flights.popleft()
-                    for text in problems:
-                        self.replica_problems[text] = None
                     await self._settle()
                     self._acked.set()
                     self._wake.set()
@@ -677,6 +691,8 @@ class Sender:
                 case Uploaded(upload=number):
                     if self._uploads is not None:
                         self._uploads.uploaded(number)
+                case Unkept(causes=causes):
+                    self.unkept = causes
                 case Pong():
                     pass
                 case _:

@@ -22,6 +22,7 @@ from farshore import delta
 from farshore.dbm import wire
 from farshore.dbm.messages import (
     Ack,
+    Cause,
     Copy,
     Entry,
     Link,
@@ -37,11 +38,13 @@ from farshore.dbm.messages import (
     SetMeta,
 )
 from farshore.dbm.messages import Partial as PartialUpload
+from farshore.dbm.owners import Owners
 from farshore.dbm.reading import CheckedReader
 from farshore.dbm.replica.leaves import LeafStore
 from farshore.dbm.replica.stage import Stage, Staged
 from farshore.dbm.replica.tree import BaseUnknown, Tree, syncfs
 from farshore.dbm.replica.upload import Interrupted, Upload
+from farshore.dbm.unkept import Unkept
 from farshore.errors import ProtocolError, StateError, UnsafePath
 from farshore.fmm.types import FileKind, Root
 from farshore.log import Log
@@ -117,9 +120,13 @@ class Applier:
     One thread at a time but for ``interrupt``; ``trees`` and ``stages`` say what else is allowed.
     """
 
-    def __init__(self, roots: list[tuple[str, Root]], state: Path) -> None:
+    def __init__(self, roots: list[tuple[str, Root]], state: Path, unkept: Unkept | None = None) -> None:
         self.names = [name for name, _ in roots]
-        self.trees = [Tree(root.path, root) for _, root in roots]
+        #: Metadata that could not be kept.
+        self.unkept = Unkept() if unkept is None else unkept
+        #: Where owners go by name: how, else None.
+        self.owners: Owners | None = None
+        self.trees = [Tree(root.path, root, self.unkept) for _, root in roots]
         self.stages = [Stage(tree.root, state / str(i)) for i, tree in enumerate(self.trees)]
         self.leaves = LeafStore(state)
         self._started = os.open(state / "started", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -158,6 +165,7 @@ class Applier:
         """A connection has ended, and its threads."""
         for stage in self.stages:
             stage.rest(leave=True)
+        self.store_unkept()
         self._end()
 
     def keep_aside(self, directory: Path | None, judge: Callable[[int, bytes, os.stat_result], bool]) -> None:
@@ -183,6 +191,36 @@ class Applier:
         if not 0 <= root < len(self.trees):
             raise ProtocolError("the source", f"root {root} of {len(self.trees)}")
         return self.trees[root]
+
+    def place(self, root: int, path: bytes) -> bytes:
+        """Where a path of root number ``root`` is."""
+        return self.trees[root].full(path)
+
+    def unkept_version(self) -> int:
+        """Grows when something changes in what ``unkept_causes`` tells."""
+        return self.unkept.version + (self.owners.unkept.version if self.owners is not None else 0)
+
+    def unkept_causes(self) -> list[Cause]:
+        """All metadata that is not kept, owners without an account included."""
+        return self.unkept.causes() + (self.owners.unkept.causes() if self.owners is not None else [])
+
+    def begin_unkept_round(self) -> None:
+        """A full comparison begins."""
+        self.unkept.begin_round()
+        if self.owners is not None:
+            self.owners.unkept.begin_round()
+
+    def end_unkept_round(self) -> None:
+        """All was compared."""
+        self.unkept.end_round()
+        if self.owners is not None:
+            self.owners.unkept.end_round()
+
+    def store_unkept(self) -> None:
+        """Write down what is not kept."""
+        self.unkept.store()
+        if self.owners is not None:
+            self.owners.unkept.store()
 
     # --- reading
 
@@ -311,7 +349,7 @@ class Applier:
             return [Nak(transactions[0].seq, 0, b"", f"making it durable: {error.strerror or error}", False)]
         answers: list[Ack | Nak] = []
         if done:
-            answers.append(Ack(transactions[done - 1].seq, self._problems()))
+            answers.append(Ack(transactions[done - 1].seq))
         if failure is not None:
             answers.append(failure)
         return answers
@@ -389,14 +427,6 @@ class Applier:
                 tree.sync(directories)
             elif directories:
                 tree.sync_all(directories)
-
-    def _problems(self) -> list[str]:
-        texts: list[str] = []
-        for tree in self.trees:
-            # Staging may note one at this moment.
-            problems, tree.problems = tree.problems, {}
-            texts += problems
-        return texts
 
     def _end(self) -> None:
         for tree in self.trees:

@@ -26,12 +26,14 @@ from farshore.dbm.messages import (
     MakeSymlink,
     Move,
     Nak,
+    Names,
     Operation,
     Patch,
     Put,
     Remove,
     SetMeta,
 )
+from farshore.dbm.owners import Arriving
 from farshore.dbm.replica.build import Building, copy_file
 from farshore.dbm.replica.commit import Applier, Batch, Transaction, refusal
 from farshore.dbm.replica.intake import Inbox, Interrupted, Switch
@@ -54,7 +56,7 @@ _NODES = (FileKind.FIFO, FileKind.CHARACTER_DEVICE, FileKind.BLOCK_DEVICE)
 
 #: A call: what is to be done once all before it is applied. An Upload: it is to be opened. A pair: a Patch.
 _Plain = Put | MakeDir | Copy | MakeSymlink | MakeNode | Link | Move | Remove | SetMeta
-Item = Begin | Commit | _Plain | Upload | tuple[Patch, Upload] | Callable[[], None]
+Item = Begin | Commit | Names | _Plain | Upload | tuple[Patch, Upload] | Callable[[], None]
 
 
 class _Refused(Exception):
@@ -89,6 +91,7 @@ class Stager:
         self._check_epoch = check_epoch
         self._deliver = deliver
         self._fail = fail
+        self._owners = Arriving(applier.owners, applier.place)
         self._thread = threading.Thread(target=self._run, name="staging", daemon=True)
         self._open: Transaction | None = None
         self._open_size = 0
@@ -149,6 +152,8 @@ class Stager:
                 self._begin(item)
             elif isinstance(item, Upload):
                 self._open_upload(item)
+            elif isinstance(item, Names):
+                self._owners.learn(item)
             elif isinstance(item, tuple):
                 self._operation(*item)
             else:
@@ -173,6 +178,7 @@ class Stager:
             what = "none" if transaction is None else str(transaction.seq)
             raise ProtocolError("the source", f"Commit {commit.seq} does not end the open transaction: {what}")
         self._open = None
+        self._owners.store()
         if not self._batch.transactions:
             self._batch_since = time.monotonic()
         self._batch.add(transaction, self._open_size + transaction.metadata)
@@ -191,6 +197,7 @@ class Stager:
         if not 0 <= root < len(self._applier.trees):
             raise ProtocolError("the source", f"root {root} of {len(self._applier.trees)}")
         try:
+            operation = self._owners.translated(operation)
             staged = self._stage(operation, upload)
         except (_Refused, Interrupted, ProtocolError):
             raise

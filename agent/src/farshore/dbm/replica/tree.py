@@ -22,14 +22,19 @@ from functools import partial
 
 from farshore.dbm.messages import Entry, Meta
 from farshore.dbm.reading import CheckedReader, digest_of
+from farshore.dbm.replica import metadata
 from farshore.dbm.replica.paths import MISSING, PREFIX, Handles, check, open_regular, remove_tree
 from farshore.dbm.replica.stage import Birth, Stage, Staged
+from farshore.dbm.unkept import Unkept
 from farshore.errors import FarshoreError, UnsafePath
 from farshore.fmm import scanner
 from farshore.fmm.patterns import Filter
 from farshore.fmm.types import FileKind, Root
 
-_CANNOT_KEEP = (errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS)
+#: What says that a file can have no further name there: mounts, limits, filesystems without such names.
+_NO_LINK = (errno.EXDEV, errno.EMLINK, errno.EPERM, errno.ENOTSUP)
+#: Staged files whose metadata could not be kept in full, and that are not placed yet, at most.
+_MOST_PENDING = 100_000
 _READ = 1 << 20
 #: Longer paths are kept aside under a short name: the system takes 4096 bytes, the place aside included.
 _LONG_PATH = 2048
@@ -57,14 +62,17 @@ class Tree:
     in a root's place here.
     """
 
-    def __init__(self, root: bytes, patterns: Root) -> None:
+    def __init__(self, root: bytes, patterns: Root, unkept: Unkept | None = None) -> None:
         self.root = root.rstrip(b"/")
         if os.path.islink(self.root) and os.path.isdir(self.root):
             self.root = os.path.realpath(self.root)
         self._filter = Filter(patterns)
         self._handles = Handles(self.root)
-        #: Metadata that could not be kept since the last look, by cause.
-        self.problems: dict[str, None] = {}
+        #: Metadata that could not be kept.
+        self.unkept = Unkept() if unkept is None else unkept
+        # Of staged files, by device and inode, until they are placed.
+        self._pending: dict[tuple[int, int], list[str]] = {}
+        self._clock = metadata.Clock()
         #: Where to keep what nobody else has, and the judge of what that is; None in the ordinary case.
         self._aside: bytes | None = None
         self._rescue: Rescue | None = None
@@ -136,24 +144,31 @@ class Tree:
                 there = None
             if there is None:
                 os.mkdir(name, 0o700, dir_fd=parent)
-            self._apply_meta(parent, name, meta, FileKind.DIRECTORY)
+            self._apply_meta(parent, name, path, meta, FileKind.DIRECTORY)
             self._handles.settled(path)
 
     def prepare(self, handle: int, meta: Meta, birth: Birth | None = None) -> None:
         """Give a staged file its metadata before it gets its name; ``birth``: it is as it was created for ``meta``."""
-        if birth is None or (birth.uid, birth.gid) != (meta.uid, meta.gid):
-            self._keep("owner", lambda: os.fchown(handle, meta.uid, meta.gid))
-            os.fchmod(handle, meta.mode)
-        elif meta.mode & ~birth.permissions or birth.attributes:
-            os.fchmod(handle, meta.mode)
-        if meta.xattrs or birth is None or birth.attributes:
-            self._apply_xattrs(f"/proc/self/fd/{handle}".encode(), meta, follow=True)
-        os.utime(handle, ns=(meta.atime_ns, meta.mtime_ns))
+        causes: list[str] = []
+        owner = mode = None
+        if birth is not None:
+            owner = birth.uid, birth.gid
+            mode = None if birth.attributes else meta.mode & birth.permissions
+        bare = birth is not None and not birth.attributes
+        metadata.give(handle, meta, causes.append, self._clock, owner=owner, mode=mode, bare=bare)
+        if causes or self._pending:
+            # What is told of a staged file is known by its path only when it is placed.
+            status = os.fstat(handle)
+            self._pending.pop((status.st_dev, status.st_ino), None)
+            if causes and len(self._pending) < _MOST_PENDING:
+                self._pending[status.st_dev, status.st_ino] = causes
 
     def place(self, stage: Stage, staged: Staged, path: bytes, meta: Meta) -> None:
         """Rename a staged, durable file that was prepared with ``meta`` to its name in the tree."""
         try:
             parent, name = self._handles.writable_parent(path)
+            if self._pending or self.unkept:
+                self._settle_placed(staged, path)
             if self._rescue is None:
                 try:
                     os.rename(staged.name, name, src_dir_fd=staged.directory, dst_dir_fd=parent)
@@ -183,11 +198,15 @@ class Tree:
             if error.errno != errno.EXDEV:
                 raise
             # Another filesystem is mounted somewhere below the root.
-            self._place_copy(staged, parent, name, meta)
+            self._place_copy(staged, parent, name, path, meta)
             stage.discard(staged)
         if self._rescue is not None:
             placed = os.stat(name, dir_fd=parent, follow_symlinks=False)
             self._placed.add((placed.st_dev, placed.st_ino))
+
+    def full(self, path: bytes) -> bytes:
+        """The absolute path of ``path``."""
+        return self.root + b"/" + path if path else self.root
 
     def status(self, path: bytes) -> os.stat_result:
         """What is at ``path``, which was just placed; raises OSError."""
@@ -200,7 +219,7 @@ class Tree:
         self._replace(path, lambda parent, name: os.symlink(target, name, dir_fd=parent))
         with self._expecting(path):
             parent, name = self._handles.parent(path)
-            self._apply_meta(parent, name, meta, FileKind.SYMLINK)
+            self._apply_meta(parent, name, path, meta, FileKind.SYMLINK)
 
     def make_node(self, path: bytes, meta: Meta, kind: FileKind, rdev: int) -> None:
         """Put a fifo or, where permitted, a device node at ``path``."""
@@ -214,11 +233,14 @@ class Tree:
         try:
             self._replace(path, lambda parent, name: os.mknod(name, types[kind] | 0o600, device=rdev, dir_fd=parent))
         except PermissionError:
-            self.problems[f"{kind.name.lower().replace('_', ' ')}: not permitted to make one"] = None
+            self.remove(path)
+            self.unkept.settle(
+                self.full(path), [f"{kind.name.lower().replace('_', ' ')} cannot be made: not permitted"]
+            )
             return
         with self._expecting(path):
             parent, name = self._handles.parent(path)
-            self._apply_meta(parent, name, meta, kind)
+            self._apply_meta(parent, name, path, meta, kind)
 
     def link(self, path: bytes, to: bytes) -> None:
         """Make ``path`` another name of the file at ``to``."""
@@ -232,16 +254,21 @@ class Tree:
             there = self._lstat(parent, name)
             if there is not None and (there.st_dev, there.st_ino) == (source.st_dev, source.st_ino):
                 return
-        self._replace(
-            path,
-            lambda parent, name: os.link(
-                self._handles.parent(to)[1],
-                name,
-                src_dir_fd=self._handles.parent(to)[0],
-                dst_dir_fd=parent,
-                follow_symlinks=False,
-            ),
-        )
+        self._replace(path, lambda parent, name: self._link_or_copy(to, source, parent, name, path))
+
+    def _link_or_copy(self, to: bytes, source: os.stat_result, parent: int, name: bytes, path: bytes) -> None:
+        source_parent, source_name = self._handles.parent(to)
+        try:
+            os.link(source_name, name, src_dir_fd=source_parent, dst_dir_fd=parent, follow_symlinks=False)
+        except OSError as error:
+            if error.errno not in _NO_LINK or not stat.S_ISREG(source.st_mode):
+                raise
+            seen = scanner.observe(self.root, 0, to)
+            if seen is None or seen.kind is not FileKind.FILE:
+                raise BaseUnknown(to, "it vanished meanwhile") from None
+            meta = Meta(seen.mode, seen.uid, seen.gid, seen.atime_ns, seen.mtime_ns, list(seen.xattrs))
+            self._place_copy(Staged(source_parent, source_name), parent, name, path, meta)
+            self.unkept.note(self.full(path), f"hard links cannot be kept, copies are: {error.strerror}")
 
     def move(self, path: bytes, to: bytes) -> None:
         """Rename ``path`` to ``to``."""
@@ -269,6 +296,8 @@ class Tree:
             parent, name = self._handles.parent(path)
             to_parent, to_name = self._handles.parent(to)
             self._rename(parent, name, to_parent, to_name)
+        if self.unkept:
+            self.unkept.moved(self.full(path), self.full(to), below=stat.S_ISDIR(there.st_mode))
         self._handles.moved(path, to)
 
     def remove(self, path: bytes) -> None:
@@ -282,6 +311,8 @@ class Tree:
                 return
             raise
         there = self._lstat(parent, name)
+        if self.unkept:
+            self.unkept.gone(self.full(path), below=there is not None and stat.S_ISDIR(there.st_mode))
         if there is not None:
             self._discard(parent, name, path, there)
 
@@ -290,7 +321,7 @@ class Tree:
         with self._expecting(path):
             parent, name = self._handles.parent(check(path))
             there = os.stat(name, dir_fd=parent, follow_symlinks=False)
-            self._apply_meta(parent, name, meta, _kind(there.st_mode))
+            self._apply_meta(parent, name, path, meta, _kind(there.st_mode))
             self._handles.settled(path)
 
     def sync(self, paths: set[bytes | None]) -> None:
@@ -349,7 +380,7 @@ class Tree:
             os.close(handle)
         return True
 
-    def _place_copy(self, staged: Staged, parent: int, name: bytes, meta: Meta) -> None:
+    def _place_copy(self, staged: Staged, parent: int, name: bytes, path: bytes, meta: Meta) -> None:
         """Copy a staged file beside ``name``, make it durable, and rename it."""
         temporary = PREFIX + os.urandom(8).hex().encode()
         source = os.open(staged.name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=staged.directory)
@@ -366,7 +397,10 @@ class Tree:
                         else:
                             writer.write(block)
                     writer.truncate()
-                    self.prepare(target, meta)
+                    causes: list[str] = []
+                    give = partial(metadata.give, owner=None, mode=None, bare=False, device=os.fstat(target).st_dev)
+                    give(target, meta, causes.append, self._clock)
+                    self.unkept.settle(self.full(path), causes)
                     os.fsync(target)
                 os.rename(temporary, name, src_dir_fd=parent, dst_dir_fd=parent)
             except BaseException:
@@ -464,7 +498,7 @@ class Tree:
                 return None
         raise AssertionError("unreachable")
 
-    def _apply_meta(self, parent: int, name: bytes, meta: Meta, kind: FileKind) -> None:
+    def _apply_meta(self, parent: int, name: bytes, path: bytes, meta: Meta, kind: FileKind) -> None:
         """Change what differs: a change that changes nothing would cost a write of the inode all the same."""
         handle = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
         try:
@@ -472,45 +506,33 @@ class Tree:
             link = stat.S_ISLNK(there.st_mode)
             if link is not (kind is FileKind.SYMLINK):
                 raise BaseUnknown(name, "it has become a symbolic link" if link else "it is no symbolic link any more")
-            owned = (there.st_uid, there.st_gid) == (meta.uid, meta.gid)
-            if not owned:
-                self._keep("owner", lambda: os.chown(name, meta.uid, meta.gid, dir_fd=parent, follow_symlinks=False))
-            if link:
-                self._apply_xattrs(f"/proc/self/fd/{parent}/".encode() + name, meta, follow=False)
-            else:
-                # fchmod(2) takes no O_PATH descriptor, and chmod would follow what takes the name's place.
-                where = f"/proc/self/fd/{handle}".encode()
-                if not owned or stat.S_IMODE(there.st_mode) != meta.mode:
-                    os.chmod(where, meta.mode)
-                self._apply_xattrs(where, meta, follow=True)
+            causes: list[str] = []
+            metadata.give(
+                # Most calls take no O_PATH descriptor; this leads to what it stands for, a link itself included.
+                b"/proc/self/fd/%d" % handle,
+                meta,
+                causes.append,
+                self._clock,
+                owner=(there.st_uid, there.st_gid),
+                mode=stat.S_IMODE(there.st_mode),
+                bare=False,
+                link=link,
+                device=there.st_dev,
+            )
         finally:
             os.close(handle)
-        os.utime(name, ns=(meta.atime_ns, meta.mtime_ns), dir_fd=parent, follow_symlinks=False)
+        if causes or self.unkept:
+            self.unkept.settle(self.full(path), causes)
 
-    def _apply_xattrs(self, where: bytes, meta: Meta, follow: bool) -> None:
-        try:
-            there = {os.fsencode(name) for name in os.listxattr(where, follow_symlinks=follow)}
-        except OSError:
-            there = set()
-        wanted = dict(meta.xattrs)
-        for name in there - set(wanted):
-            if scanner.is_replicated_xattr(name):
-                self._keep(_namespace(name), partial(os.removexattr, where, name, follow_symlinks=follow))
-        for name, value in wanted.items():
-            self._keep(_namespace(name), partial(os.setxattr, where, name, value, follow_symlinks=follow))
+    def _settle_placed(self, staged: Staged, path: bytes) -> None:
+        """What could not be kept of a staged file is known under its path from now on."""
+        status = os.stat(staged.name, dir_fd=staged.directory, follow_symlinks=False)
+        self.unkept.settle(self.full(path), self._pending.pop((status.st_dev, status.st_ino), ()))
 
     @staticmethod
     def _unreadable(path: bytes, error: OSError) -> None:
         # A replica that cannot be read in full must not pass for one that holds less.
         raise error
-
-    def _keep(self, what: str, change: Callable[[], None]) -> None:
-        try:
-            change()
-        except OSError as error:
-            if error.errno not in _CANNOT_KEEP:
-                raise
-            self.problems[f"{what} cannot be kept here: {error.strerror}"] = None
 
     @staticmethod
     def _lstat(parent: int, name: bytes) -> os.stat_result | None:
@@ -533,10 +555,6 @@ def _unexpected(path: bytes, error: OSError) -> Exception:
     if error.errno in MISSING or error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.EISDIR):
         return BaseUnknown(path, error.strerror or str(error))
     return error
-
-
-def _namespace(name: bytes) -> str:
-    return "xattr " + name.split(b".", 1)[0].decode("ascii", "replace")
 
 
 def _above(path: bytes) -> bytes | None:
