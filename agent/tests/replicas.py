@@ -17,6 +17,7 @@ from farshore.dbm import receiver, wire
 from farshore.dbm.messages import (
     Ack,
     Begin,
+    Cause,
     Chunk,
     Commit,
     FromReplica,
@@ -24,10 +25,12 @@ from farshore.dbm.messages import (
     Nak,
     Partial,
     Patch,
+    Unkept,
     Upload,
     Uploaded,
 )
 from farshore.dbm.receiver import Applier
+from farshore.dbm.unkept import Unkept as Register
 from farshore.fmm.types import Root
 
 FILE = Meta(0o644, os.getuid(), os.getgid(), 1, 1, [])
@@ -44,16 +47,12 @@ class Gate:
     def __init__(self) -> None:
         self.checks: Callable[[int], None] = lambda epoch: None
         self.in_steps = 0
-        self.problems: list[str] = []
 
     def check_epoch(self, epoch: int) -> None:
         self.checks(epoch)
 
     def in_step(self) -> None:
         self.in_steps += 1
-
-    def problem(self, texts: list[str]) -> None:
-        self.problems += texts
 
 
 class Source:
@@ -63,8 +62,9 @@ class Source:
         self.sock = sock
         self.sock.settimeout(GENEROUS)
         self._messages: list[FromReplica] = []
-        #: The uploads that the replica said to have, of the messages that were read.
+        #: The uploads that the replica said to have, and what it last said to lack, of the messages that were read.
         self.uploaded: list[int] = []
+        self.unkept: list[Cause] = []
 
     def put(self, *messages: object) -> None:
         """Send messages, in blocks of at most 1 MiB."""
@@ -96,10 +96,13 @@ class Source:
         return self._messages.pop(0)
 
     def verdict(self) -> Ack | Nak:
-        """The next message, which is one of these; that an upload is complete may come before it."""
+        """The next message, which is one of these; that an upload is complete, or what is unkept, may come before."""
         message = self.read()
-        while isinstance(message, Uploaded):
-            self.uploaded.append(message.upload)
+        while isinstance(message, (Uploaded, Unkept)):
+            if isinstance(message, Uploaded):
+                self.uploaded.append(message.upload)
+            else:
+                self.unkept = message.causes
             message = self.read()
         assert isinstance(message, (Ack, Nak)), message
         return message
@@ -143,6 +146,7 @@ class Replica:
         self.state = base / "state"
         self.state.mkdir(exist_ok=True)
         self.gate = Gate()
+        self.unkept_path: Path | None = None
         self.seq = 0
         self._roots = [(name, Root(os.fsencode(f"{base}/{name}"), exclude=("*.tmp",))) for name in roots]
         self._loop = asyncio.new_event_loop()
@@ -155,7 +159,7 @@ class Replica:
 
     def open(self) -> None:
         """Open the replica's state."""
-        self.applier = self.work(lambda: Applier(self._roots, self.state))
+        self.applier = self.work(lambda: Applier(self._roots, self.state, Register(self.unkept_path)))
 
     def close(self) -> None:
         """End the connection and give back everything but the loop."""

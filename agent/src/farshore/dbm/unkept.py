@@ -179,6 +179,8 @@ class Unkept:
             self._paths += len(paths)
             if more:
                 self._more[cause] = 0
+            # There is something to tell of.
+            self.version = self._stored = 1
 
 
 def texts(causes: Sequence[Cause]) -> list[str]:

@@ -1,9 +1,9 @@
 """Give an object of the replica its metadata, and tell what of it cannot be kept.
 
 The order matters: a change of owner takes setuid, setgid and capabilities away, and an ACL brings a mode with it. So
-the owner comes first, then attributes, then the mode, and at last the times. What cannot be kept gives nobody rights that
-the source did not give: without its owner a program is not setuid, as it would be for another one, and without its ACL
-the group has the rights that the ACL gave the group, not those of the mask.
+the owner comes first, then attributes, then the mode, and at last the times. What cannot be kept gives nobody rights
+that the source did not give: without its owner a program is not setuid, as it would be for another one, and without its
+ACL the group has the rights that the ACL gave the group, not those of the mask.
 """
 
 from __future__ import annotations
