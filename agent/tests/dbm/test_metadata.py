@@ -5,33 +5,19 @@ from __future__ import annotations
 import os
 import socket
 import stat
-import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from acls import CAPABILITY, NAMED, acl
 from nodes import Pair
 from trees import differences
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root may give most of it")
 
-CAPABILITY = bytes.fromhex("0100000200040000000000000000000000000000")
 SECOND = 10**9
 Step = Callable[[bytes], None]
-
-
-def acl(*named: tuple[int, int, int], group: int = 5, mask: int = 7) -> bytes:
-    """An ACL: user::rwx, the ``named`` entries (tag, rights, id), group::, mask::, other::r-x."""
-    entries = [
-        (1, 7, 0xFFFFFFFF),
-        *[entry for entry in named if entry[0] == 2],
-        (4, group, 0xFFFFFFFF),
-        *[entry for entry in named if entry[0] == 8],
-        (0x10, mask, 0xFFFFFFFF),
-        (0x20, 5, 0xFFFFFFFF),
-    ]
-    return struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in entries)
 
 
 def file(size: int = 10) -> Step:
@@ -117,7 +103,6 @@ class Case:
     undo: Step = nothing
 
 
-NAMED = (2, 6, 1234), (2, 4, 2345), (8, 6, 3456)
 CASES = [
     Case("mode", then(file(), mode(0o640)), mode(0o707), mode(0)),
     Case("large file's mode", then(file(200_000), mode(0o640)), mode(0o4711), mode(0)),

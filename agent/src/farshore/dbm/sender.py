@@ -488,6 +488,9 @@ class Sender:
             if isinstance(part, Names):
                 owners.learn(part)
                 continue
+            if isinstance(part, Unkept):
+                self.unkept = part.causes
+                continue
             if not isinstance(part, Entries):
                 raise ProtocolError(self._peer.node, f"{type(part).__name__} instead of Entries")
             # What is too long to be named cannot be told about either; it goes with what it lies in.

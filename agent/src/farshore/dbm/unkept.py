@@ -98,6 +98,8 @@ class Unkept:
                 if self._more.get(cause, self._round) < self._round:
                     del self._more[cause]
                     self.version += 1
+                    if not paths:
+                        del self._causes[cause]
                 for path in [path for path, seen in paths.items() if seen < self._round]:
                     self._forget(cause, path)
 
