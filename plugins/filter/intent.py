@@ -22,6 +22,7 @@ SITE_OF = {"ldrg": "ldc", "local_servers": "ldc", "rdrg": "rbc", "backup_servers
 _GROUP_KEYS = (
     "local_server", "backup_server", "paths", "services", "units",
     "failover", "failback", "rpo", "hold_down", "step_timeout", "bandwidth", "compress",
+    "owners", "owner_map",
 )  # fmt: skip
 _SITE_KEYS = ("network", "public_address")
 _PATH_KEYS = ("path", "replica", "include", "exclude")
@@ -29,6 +30,7 @@ _SERVICE_KEYS = ("port", "protocol", "backend_port", "check")
 _CHECK_KEYS = ("kind", "interval", "timeout", "rise", "fall", "path", "host", "statuses")
 _RPO_KEYS = ("warn", "critical")
 _BANDWIDTH_KEYS = ("limit", "schedule")
+_OWNER_KEYS = ("users", "groups")
 _WINDOW_KEYS = ("days", "from", "to", "limit")
 _DAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,19}")
@@ -58,11 +60,12 @@ def node_groups(intent: Intent, host: str, hostvars: HostVars, replica_root: str
             }
             if group.get("units"):
                 entry["units"] = list(group["units"])
-            for key in ("rpo", "bandwidth"):
+            for key in ("rpo", "bandwidth", "owner_map"):
                 if group.get(key):
                     entry[key] = dict(group[key])
-            if "compress" in group:
-                entry["compress"] = group["compress"]
+            for key in ("compress", "owners"):
+                if key in group:
+                    entry[key] = group[key]
             found[str(name)] = entry
     return found
 
@@ -245,6 +248,9 @@ def _group_errors(where: str, name: Any, group: Any, groups: Mapping[str, Sequen
     yield from _bandwidth_errors(f"{where}.bandwidth", group.get("bandwidth", {}))
     if not isinstance(group.get("compress", True), bool):
         yield f"{where}.compress: {group['compress']!r} is not allowed; allowed: true, false"
+    if group.get("owners", "number") not in ("number", "name"):
+        yield f"{where}.owners: {group['owners']!r} is not allowed; allowed: number, name"
+    yield from _owner_map_errors(where, group)
     yield from _list_errors(where, group, "paths", _path_errors)
     yield from _list_errors(where, group, "services", _service_errors)
     for i, unit in enumerate(group.get("units") or []):
@@ -331,6 +337,36 @@ def _window_errors(where: str, item: Any) -> Iterator[str]:
             yield f"{where}.{key}: {value!r} is not a time of day in '00:00'..'24:00', in quotes"
     if times["from"] == times["to"]:
         yield f"{where}: from {times['from']} to {times['to']} is no time at all; a whole day is '00:00' to '24:00'"
+
+
+def _owner_map_errors(where: str, group: Mapping[str, Any]) -> Iterator[str]:
+    owner_map = group.get("owner_map", {})
+    yield from _keys(f"{where}.owner_map", owner_map, _OWNER_KEYS)
+    if not isinstance(owner_map, Mapping):
+        return
+    if any(owner_map.values()) and group.get("owners", "number") != "name":
+        yield f"{where}.owner_map: needs owners: name"
+    for key in _OWNER_KEYS:
+        names = owner_map.get(key, {})
+        if not isinstance(names, Mapping):
+            yield f"{where}.owner_map.{key}: {names!r} is not a mapping of names here to names on the backup"
+            continue
+        for name in (*names, *names.values()):
+            if not _is_account(name):
+                yield f"{where}.owner_map.{key}: {name!r} is not the name of a user or group"
+        twice = {there for there in names.values() if list(names.values()).count(there) > 1}
+        for there in sorted(map(str, twice)):
+            yield f"{where}.owner_map.{key}: {there!r} stands for several; each name is allowed once"
+
+
+def _is_account(name: Any) -> bool:
+    return (
+        isinstance(name, str)
+        and 0 < len(name) < 256
+        and name[0] not in "#~"
+        and name.isprintable()
+        and not set(name) & set(":/,")
+    )
 
 
 def _rate_errors(where: str, value: Any) -> Iterator[str]:

@@ -447,10 +447,24 @@ def test_what_may_be_configured() -> None:
             config(**wrong)
 
 
+def can_unshare() -> bool:
+    return subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode == 0
+
+
+def daemon(base: Path) -> subprocess.Popen[bytes]:
+    """``farshore-node`` on a host with the accounts in ``base``."""
+    code = "import sys; from farshore.daemons.node import main; sys.exit(main())"
+    script = (
+        f"mount --bind {base}/passwd /etc/passwd && mount --bind {base}/group /etc/group && "
+        f"exec {sys.executable} -c '{code}' --config {base}/node.yml"
+    )
+    return subprocess.Popen(["unshare", "-m", "sh", "-c", script])
+
+
 @needs_root
 async def test_two_hosts_with_other_accounts(tmp_path: Path) -> None:
     """Two daemons, each with /etc/passwd and /etc/group of its own, as on two hosts."""
-    if subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
+    if not can_unshare():
         pytest.skip("no mount namespaces here")
     keys = tmp_path / "pki"
     make_keys(keys, ("local", "remote"))
@@ -482,12 +496,7 @@ async def test_two_hosts_with_other_accounts(tmp_path: Path) -> None:
                 },
             }
             (base / "node.yml").write_text(yaml.safe_dump(config))
-            code = "import sys; from farshore.daemons.node import main; sys.exit(main())"
-            script = (
-                f"mount --bind {base}/passwd /etc/passwd && mount --bind {base}/group /etc/group && "
-                f"exec {sys.executable} -c '{code}' --config {base}/node.yml"
-            )
-            processes.append(subprocess.Popen(["unshare", "-m", "sh", "-c", script]))
+            processes.append(daemon(base))
             sockets[side] = base / "run" / client.NODE_SOCKET
 
         async def ask(side: str, request: api.Request) -> api.Answer:
