@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import pickle
 import shutil
@@ -253,6 +254,80 @@ async def test_many_files_of_one_cause_are_one_line(pair: Pair) -> None:
         await in_step(pair)
         text = "xattr user.* cannot be kept: Operation not supported"
         await until_told(pair, f"{text} (312 files, e.g. {pair.remote_tree}/000)")
+
+
+FS_IOC_GETFLAGS, FS_IOC_SETFLAGS, IMMUTABLE = 0x80086601, 0x40086602, 0x10
+
+
+def set_flag(path: Path, flag: int, on: bool) -> None:
+    """chattr."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        flags = int.from_bytes(fcntl.ioctl(handle, FS_IOC_GETFLAGS, bytes(8))[:4], "little")
+        flags = flags | flag if on else flags & ~flag
+        fcntl.ioctl(handle, FS_IOC_SETFLAGS, flags.to_bytes(8, "little"))
+    except OSError as error:
+        pytest.skip(f"no flags here: {error.strerror}")
+    finally:
+        os.close(handle)
+
+
+@needs_root
+async def test_flags_are_not_sent_and_those_of_the_replica_are_told_of(pair: Pair) -> None:
+    f, there = pair.local_tree / "f", pair.remote_tree / "f"
+    f.write_text("1")
+    set_flag(f, IMMUTABLE, True)
+    try:
+        await pair.own("local", 1)
+        await in_step(pair)
+        assert there.read_text() == "1"
+    finally:
+        set_flag(f, IMMUTABLE, False)
+    set_flag(there, IMMUTABLE, True)
+    sender = pair.local.groups["web"]._sender
+    assert sender is not None
+    try:
+        os.chmod(f, 0o600)
+        await in_step(pair)
+        await until(lambda: bool(sender.unkept), "it was not told")
+        assert f"remote: mode cannot be kept: Operation not permitted ({there})" in await problems(pair)
+        f.write_text("2")
+        await until(lambda: "Operation not permitted" in sender.reason, "no reason is told")
+        (pair.local_tree / "other").write_text("3")
+    finally:
+        set_flag(there, IMMUTABLE, False)
+    await in_step(pair)
+    await until_told(pair)
+    assert differences(pair.local_tree, pair.remote_tree) == []
+
+
+@needs_root
+async def test_a_device_that_may_not_be_made_leaves_nothing_of_what_was_there(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forbidden(*arguments: object, **keys: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    tree = pair.local_tree
+    (tree / "x").write_text("1")
+    await pair.own("local", 1)
+    await in_step(pair)
+    (tree / "x").unlink()
+    os.mknod(tree / "x", stat.S_IFCHR | 0o600, os.makedev(1, 3))
+    os.mknod(tree / "y", stat.S_IFCHR | 0o600, os.makedev(1, 3))
+    monkeypatch.setattr(os, "mknod", forbidden)
+    await in_step(pair)
+    assert list(pair.remote_tree.iterdir()) == []
+    await until_told(pair, f"character device cannot be made: not permitted (2 files, e.g. {pair.remote_tree}/x)")
+    (tree / "x").unlink()
+    os.chmod(tree / "y", 0o640)
+    await in_step(pair)
+    await until_told(pair, f"character device cannot be made: not permitted ({pair.remote_tree}/y)")
+    monkeypatch.undo()
+    os.chmod(tree / "y", 0o600)
+    await in_step(pair)
+    await until_told(pair)
+    assert differences(tree, pair.remote_tree) == []
 
 
 async def test_a_name_in_no_encoding_breaks_no_status(pair: Pair) -> None:

@@ -407,6 +407,26 @@ async def test_a_comparison_changes_nothing_that_is_right(pair: Pair) -> None:
     assert {path.name: path.stat().st_ctime_ns for path in pair.remote_tree.iterdir()} == before
 
 
+@needs_root
+async def test_another_setting_holds_for_what_is_there_too(pair: Pair) -> None:
+    (pair.local_tree / "f").write_text("1")
+    os.chown(pair.local_tree / "f", 1001, 1001)
+    await pair.own("local", 1)
+    await pair.local.groups["web"].flush(60)
+    assert whose(pair.remote_tree) == {"f": (1001, 1001)}
+    for names in ({}, {"alice": "bob"}):
+        await pair.local.stop()
+        await pair.remote.stop()
+        for side in ("remote", "local"):
+            setattr(pair, side, type(pair.local)(getattr(pair, side).config))
+        give(pair, Table(root=0, alice=1001), Table(root=0, alice=2001, bob=2002), names)
+        await pair.remote.start(None)
+        await pair.local.start(None)
+        await pair.local.groups["web"].flush(60)
+        number = 2002 if names else 2001
+        assert whose(pair.remote_tree) == {"f": (number, number)}
+
+
 @pytest.mark.parametrize("by_name", ["local", "remote"])
 async def test_two_nodes_that_disagree_say_so(pair: Pair, by_name: str) -> None:
     (pair.local_tree / "f").write_text("1")

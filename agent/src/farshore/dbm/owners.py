@@ -160,6 +160,8 @@ class Owners:
         self._there = {kind: {here: there for there, here in self._here[kind].items()} for kind in _KINDS}
         self._remote = side == "remote"
         self._kept: dict[Kind, dict[str, int]] = {kind: {} for kind in _KINDS}
+        #: What a comparison was made by: with another, owners may be others.
+        self.mark = json.dumps([side, owner_map.users, owner_map.groups], sort_keys=True).encode()
         self._load()
         self._whose = {kind: {number: who for who, number in self._kept[kind].items()} for kind in _KINDS}
         self._changed = False

@@ -89,6 +89,8 @@ _SIGNATURE_SHARE = 24 / 1024
 #: What may be on its way: enough for 100 ms and 1 Gbit/s, and little enough to be done again after a cut.
 _FLIGHT_OPERATIONS = 20_000
 _FLIGHT_BYTES = 64 << 20
+#: The index's fact that says how owners are told.
+_OWNERS = "owners"
 #: The index is committed at the latest after so many changes or seconds, for which sending stops until all that is
 #: on its way was acknowledged.
 _COMMIT_PATHS = 50_000
@@ -218,6 +220,7 @@ class Sender:
         self._pacer = Pacer(bandwidth or Bandwidth())
         self._compress = compress
         self._owners = owners
+        self._owners_mark = b"" if owners is None else owners.mark
         self._batches: list[Batch] = []
         self._oldest_next = False
         # All that was taken and is not settled, and of that, in the order of their transactions, what is done here.
@@ -457,6 +460,9 @@ class Sender:
         self.seq = int(index.get_fact(SEQ) or b"0")
         if index.get_fact(LINEAGE) != welcome.lineage or self._pending is None:
             return None
+        if (index.get_fact(_OWNERS) or b"") != self._owners_mark:
+            # Whose the replica's files are was told in another way.
+            return None
         if welcome.started == self.seq:
             return []
         sent = self._pending.between(self.seq, welcome.started)
@@ -501,6 +507,7 @@ class Sender:
                 break
         self.seq = welcome.started
         await self._in_worker(index.set_fact, LINEAGE, welcome.lineage)
+        await self._in_worker(index.set_fact, _OWNERS, self._owners_mark)
         await self._in_worker(self._commit_index, index)
 
     def _commit_index(self, index: Index) -> None:

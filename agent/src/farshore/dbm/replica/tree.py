@@ -233,7 +233,8 @@ class Tree:
         try:
             self._replace(path, lambda parent, name: os.mknod(name, types[kind] | 0o600, device=rdev, dir_fd=parent))
         except PermissionError:
-            self.remove(path)
+            if path:
+                self.remove(path)
             self.unkept.settle(
                 self.full(path), [f"{kind.name.lower().replace('_', ' ')} cannot be made: not permitted"]
             )
@@ -311,10 +312,11 @@ class Tree:
                 return
             raise
         there = self._lstat(parent, name)
-        if self.unkept:
-            self.unkept.gone(self.full(path), below=there is not None and stat.S_ISDIR(there.st_mode))
         if there is not None:
             self._discard(parent, name, path, there)
+        elif self.unkept:
+            # A device that could not be made, for example.
+            self.unkept.gone(self.full(path), below=False)
 
     def set_meta(self, path: bytes, meta: Meta) -> None:
         """Give ``path`` this metadata."""
@@ -439,6 +441,8 @@ class Tree:
             raise BaseUnknown(name, "it cannot be renamed across filesystems") from None
 
     def _discard(self, parent: int, name: bytes, path: bytes, there: os.stat_result) -> None:
+        if self.unkept:
+            self.unkept.gone(self.full(path), below=stat.S_ISDIR(there.st_mode))
         if stat.S_ISDIR(there.st_mode):
             self._handles.forget()
             parent, name = self._handles.parent(path)
