@@ -48,6 +48,17 @@ def test_removal_and_renaming_are_followed() -> None:
     assert told(unkept) == {"x": (2, b"/e", False)}
 
 
+def test_another_name_lacks_what_the_file_lacks() -> None:
+    unkept = Unkept()
+    unkept.note(b"/f", "x")
+    unkept.note(b"/g", "y")
+    unkept.linked(b"/g", b"/f")
+    unkept.gone(b"/f", below=False)
+    assert told(unkept) == {"x": (1, b"/g", False)}
+    unkept.linked(b"/g", b"/h")
+    assert not unkept
+
+
 def test_a_full_comparison_ends_what_it_does_not_see_again() -> None:
     unkept = Unkept()
     unkept.note(b"/a", "x")
@@ -108,6 +119,8 @@ def test_texts_name_the_number_and_one_file_in_any_encoding() -> None:
     ]
     assert texts([Cause("x", 1, b"/a\xff\n", False)]) == ["x (/a\\xff\\n)"]
     assert shown("/é".encode()) == "/é"
+    assert texts([Cause("\33[2J" + "x" * 9999, 1, b"/a", False)])[0].startswith("\\x1b[2Jxxx")
+    assert len(texts([Cause("x" * 9999, 1, b"/a", False)])[0]) < 600
 
 
 @given(st.lists(st.tuples(st.sampled_from("sgmn"), st.integers(0, 5), st.sets(st.sampled_from("xyz"))), max_size=30))

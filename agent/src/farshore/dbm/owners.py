@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import grp
 import json
+import os
 import pwd
 import struct
 import threading
@@ -28,6 +29,7 @@ from farshore.config import OwnerMap, Side
 from farshore.dbm.messages import (
     Copy,
     Entry,
+    Link,
     MakeDir,
     MakeNode,
     MakeSymlink,
@@ -41,7 +43,7 @@ from farshore.dbm.messages import (
     SetMeta,
 )
 from farshore.dbm.replica.metadata import ACL_GROUP, ACL_USER, acl_entries, acl_value
-from farshore.dbm.unkept import Unkept
+from farshore.dbm.unkept import Unkept, shown
 from farshore.errors import FarshoreError, ProtocolError, StateError
 from farshore.fmm.attributes import ACL_ACCESS, ACL_DEFAULT
 
@@ -226,7 +228,7 @@ class Owners:
         if found == said:
             return f"{who} is not known here: number {found} is kept"
         owner = self._accounts.name(kind, said)
-        taken = f"{said} is {owner}'s" if owner is not None else f"{said} is taken"
+        taken = f"{said} is {shown(os.fsencode(owner))}'s" if owner is not None else f"{said} is taken"
         return f"{who} is not known here: number {found} is given, as {taken}"
 
     def _give(self, kind: Kind, identity: str, said: int) -> int:
@@ -427,6 +429,8 @@ class Arriving:
         path = self._place(operation.root, operation.path)
         if isinstance(operation, Remove):
             owners.unkept.gone(path, below=True)
+        elif isinstance(operation, Link):
+            owners.unkept.linked(path, self._place(operation.root, operation.to))
         elif isinstance(operation, Move):
             owners.unkept.moved(path, self._place(operation.root, operation.to), below=True)
 

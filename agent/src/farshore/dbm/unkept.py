@@ -24,6 +24,8 @@ MAX_CAUSES = 100
 MAX_PATHS = 10_000
 _OTHERS = "other metadata cannot be kept"
 _STORE_VERSION = 1
+#: Characters of a cause that are shown; the other side may tell of any.
+_LONGEST_TEXT = 500
 
 
 class _Stored(msgspec.Struct, frozen=True, array_like=True):
@@ -85,6 +87,15 @@ class Unkept:
                 paths = self._causes[cause]
                 paths[to + each[len(path) :]] = paths.pop(each)
                 self.version += 1
+
+    def linked(self, path: bytes, to: bytes) -> None:
+        """``path`` is another name of what is at ``to``, and lacks what that lacks."""
+        with self._lock:
+            for cause, paths in list(self._causes.items()):
+                if to in paths:
+                    self._note(cause, path)
+                elif path in paths:
+                    self._forget(cause, path)
 
     def begin_round(self) -> None:
         """A full comparison begins, in which all that is not kept is found out anew."""
@@ -187,7 +198,10 @@ class Unkept:
 
 def texts(causes: Sequence[Cause]) -> list[str]:
     """A line for each cause."""
-    return [summary(cause.text, cause.count, cause.example, more=cause.more) for cause in causes[: MAX_CAUSES + 1]]
+    return [
+        summary(_printable(cause.text[:_LONGEST_TEXT]), cause.count, cause.example, more=cause.more)
+        for cause in causes[: MAX_CAUSES + 1]
+    ]
 
 
 def summary(text: str, count: int, example: bytes, *, more: bool = False) -> str:
@@ -201,5 +215,8 @@ def summary(text: str, count: int, example: bytes, *, more: bool = False) -> str
 
 def shown(path: bytes) -> str:
     """A path as text that any terminal and any encoding can take."""
-    text = path.decode("utf-8", "backslashreplace")
+    return _printable(path.decode("utf-8", "backslashreplace"))
+
+
+def _printable(text: str) -> str:
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -261,6 +261,8 @@ class Tree:
         source_parent, source_name = self._handles.parent(to)
         try:
             os.link(source_name, name, src_dir_fd=source_parent, dst_dir_fd=parent, follow_symlinks=False)
+            if self.unkept:
+                self.unkept.linked(self.full(path), self.full(to))
         except OSError as error:
             if error.errno not in _NO_LINK or not stat.S_ISREG(source.st_mode):
                 raise
