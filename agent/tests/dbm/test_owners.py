@@ -15,12 +15,13 @@ from acls import acl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nodes import Pair, free_ports, until
+from replicas import Replica, stream, upload
 
 from farshore.cli.mirror import make_keys
 from farshore.config import ConfigError, NodeConfig, OwnerMap, parse
 from farshore.control import api, client
 from farshore.dbm import owners as owning
-from farshore.dbm.messages import Entry, Meta, Names, Remove, SetMeta
+from farshore.dbm.messages import Ack, Begin, Commit, Entry, Meta, Names, Patch, Put, Remove, SetMeta
 from farshore.dbm.owners import FIRST_SUBSTITUTE, NOBODY_EQUALS, Arriving, Kind, Leaving, Owners, OwnersDiffer
 from farshore.dbm.unkept import texts
 from farshore.errors import ProtocolError, StateError
@@ -385,6 +386,76 @@ async def test_two_nodes_with_other_numbers(pair: Pair) -> None:
     again = {name: (number, number) for name, number in away.items()}
     again |= {"new": (1001, 1004), "alices": (1001, 1002), "lost again": again.pop("lost")}
     assert whose(there) == again
+
+
+@needs_root
+async def test_verification_knows_who_is_called_otherwise(pair: Pair) -> None:
+    local = Table(root=0, alice=1001, bob=1002, lost=1003, taken=1004)
+    remote = Table(root=0, alice=1002, robert=1001, other=1004)
+    give(pair, local, remote, {"bob": "robert"})
+    tree, there = pair.local_tree, pair.remote_tree
+    for number in (1001, 1002, 1003, 1004, 1005):
+        (tree / f"{number}").write_text("1")
+        os.chown(tree / f"{number}", number, number)
+    os.setxattr(tree / "1001", "system.posix_acl_access", acl((2, 6, 1002), (2, 4, 1004), (8, 6, 1001)))
+    await pair.own("local", 1)
+    group = pair.local.groups["web"]
+    await group.flush(60)
+    right = whose(there)
+
+    async def verified() -> api.VerificationReport:
+        run = group.verify(True, True, False, 0.0)
+        sender = group._sender
+        assert sender is not None and sender.verifier is not None
+        verifier = sender.verifier
+        await until(lambda: verifier.status().run != run, "the verification did not end")
+        last = verifier.status().last
+        assert last is not None and last.run == run
+        return last
+
+    report = await verified()
+    assert (report.result, report.drifts) == ("clean", [])
+    os.chown(there / "1002", 1002, 1001)
+    os.setxattr(there / "1001", "system.posix_acl_access", acl((2, 6, 1002), (8, 6, 1001)))
+    report = await verified()
+    assert report.result == "repaired"
+    assert {(Path(each.path).name, *each.differences) for each in report.drifts} == {
+        ("1001", "attributes"),
+        ("1002", "owner"),
+    }
+    assert whose(there) == right
+    assert (await verified()).result == "clean"
+
+
+@needs_root
+def test_what_was_accepted_before_a_crash_has_the_right_owner(tmp_path: Path) -> None:
+    """What is applied anew has no connection on which anybody would say whom a number means."""
+    replica = Replica(tmp_path)
+    replica.root.mkdir(exist_ok=True)
+    try:
+        path = tmp_path / "owners.json"
+        replica.applier.owners = Owners("remote", OwnerMap(), path, Table(root=0, alice=1002, bob=1001))
+        strange = (b"strange.x", b"v")
+        replica.source.put(
+            Names({1001: "alice", 1003: "lost"}, {1001: "alice", 1003: "lost"}),
+            *upload(1, b"large", stream(b"x" * 100_000)),
+            Begin(1, replica.begin()),
+            Put(0, b"small", meta(1001, 1001), b"x"),
+            Patch(0, b"large", meta(1003, 1001, strange), 1),
+            Commit(1, more=True),
+        )
+        while not isinstance(replica.source.read(), Ack):
+            pass
+        assert list(replica.root.iterdir()) == []
+        replica.close()
+        assert "lost" in path.read_text()
+        replica.open()
+        assert isinstance(replica.send(), Ack)
+        assert whose(replica.root) == {"small": (1002, 1002), "large": (1003, 1002)}
+        # What could not be kept when it was staged is known all the same.
+        assert [cause.text.partition(" cannot")[0] for cause in replica.source.unkept] == ["xattr strange.*"]
+    finally:
+        replica.finish()
 
 
 @needs_root

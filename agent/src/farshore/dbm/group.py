@@ -174,6 +174,7 @@ class Group:
             self.config.verify,
             self._events_are_marked,
             lambda: self._feed is not None and self._feed.watching and not self._paused,
+            self._owners,
         )
         self._feed = Feed(lambda: make_watcher("auto", roots), self._dirty, self._sender.wake)
         self._feed.start()

@@ -185,6 +185,21 @@ class Owners:
             return f"~{name}"
         return name if _is_name(name) else f"#{number}"
 
+    def whose(self, meta: Meta, *, listing: bool = False) -> tuple[object, ...]:
+        """Owner, group and attributes as both sides call them, for comparing what has other numbers on each.
+
+        ``listing``: a number that its identity would not be given now is like no other, see ``Leaving.listed``.
+        """
+
+        def who(kind: Kind, number: int) -> str:
+            identity = self.identity(kind, number)
+            return f"!{number}" if listing and self.find(kind, identity) != number else identity
+
+        attributes = [
+            (name, _acl_of(value, who) if name in (ACL_ACCESS, ACL_DEFAULT) else value) for name, value in meta.xattrs
+        ]
+        return who("user", meta.uid), who("group", meta.gid), attributes
+
     # --- the way in
 
     def find(self, kind: Kind, identity: str) -> int | None:
@@ -473,6 +488,15 @@ def _changed_acl(value: bytes, here: Callable[[Kind, int], int]) -> bytes:
     return acl_value(
         [(tag, rights, here(kinds[tag], number) if tag in kinds else number) for tag, rights, number in entries]
     )
+
+
+def _acl_of(value: bytes, who: Callable[[Kind, int], str]) -> object:
+    try:
+        entries = list(acl_entries(value))
+    except ValueError:
+        return value
+    kinds: dict[int, Kind] = {ACL_USER: "user", ACL_GROUP: "group"}
+    return [(tag, rights, who(kinds[tag], number) if tag in kinds else "") for tag, rights, number in entries]
 
 
 def _is_name(name: str) -> bool:

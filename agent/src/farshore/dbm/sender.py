@@ -935,6 +935,7 @@ class Sender:
     # --- listening
 
     async def _listen(self, inbox: _Inbox, index: Index, planner: Planner) -> None:
+        owners = Arriving(self._owners)
         while True:
             message = self._checked(await inbox.next())
             self._heard = time.monotonic()
@@ -964,6 +965,11 @@ class Sender:
                 case Uploaded(upload=number):
                     if self._uploads is not None:
                         self._uploads.uploaded(number)
+                case Names():
+                    owners.learn(message)
+                case Seen() if self._owners is not None and self.verifier is not None:
+                    entries = await self._in_worker(owners.listed, message.entries)
+                    self.verifier.answered(msgspec.structs.replace(message, entries=entries))
                 case Surveyed() | Digests() | Seen() if self.verifier is not None:
                     self.verifier.answered(message)
                 case Unkept(causes=causes):
