@@ -508,6 +508,9 @@ class Applier:
         places |= {tree.root for tree in self.trees if os.path.isdir(tree.root)}
         for place in places:
             status = os.statvfs(place)
+            if not status.f_blocks:
+                # It knows no size of its own, see ``build.room``.
+                continue
             reserve = min(RESERVE_BYTES, status.f_blocks * status.f_frsize // RESERVE_SHARE)
             if status.f_bavail * status.f_frsize < reserve + 2 * size:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), os.fsdecode(place))

@@ -33,6 +33,8 @@ CHAPTER_SECONDS = 600
 CHAPTER_ENTRIES = 20_000
 _HOUR, _DAY = 3600, 86_400
 _BLOCK = 512
+#: The size of a filesystem that knows none of its own.
+_ANY = 1 << 50
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Step] = msgspec.msgpack.Decoder(Step)
 
@@ -306,7 +308,7 @@ class History:
         for stage in self._stages:
             with contextlib.suppress(OSError, StateError):
                 status = os.statvfs(stage.place())
-                sizes.append(status.f_blocks * status.f_frsize)
+                sizes.append(status.f_blocks * status.f_frsize or _ANY)
         return self._retention.space_of(min(sizes, default=0))
 
     def _free(self) -> int:
@@ -314,7 +316,7 @@ class History:
         for stage in self._stages:
             with contextlib.suppress(OSError, StateError):
                 status = os.statvfs(stage.place())
-                free.append(status.f_bavail * status.f_frsize)
+                free.append(status.f_bavail * status.f_frsize if status.f_blocks else _ANY)
         return min(free, default=0)
 
 
