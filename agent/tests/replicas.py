@@ -18,6 +18,7 @@ from farshore.dbm.messages import (
     Ack,
     Applied,
     Begin,
+    Cause,
     Chunk,
     Commit,
     FromReplica,
@@ -25,10 +26,12 @@ from farshore.dbm.messages import (
     Nak,
     Partial,
     Patch,
+    Unkept,
     Upload,
     Uploaded,
 )
 from farshore.dbm.receiver import Applier
+from farshore.dbm.unkept import Unkept as Register
 from farshore.fmm.types import Root
 
 FILE = Meta(0o644, os.getuid(), os.getgid(), 1, 1, [])
@@ -45,7 +48,6 @@ class Gate:
     def __init__(self) -> None:
         self.checks: Callable[[int], None] = lambda epoch: None
         self.in_steps = 0
-        self.problems: list[str] = []
         #: Why it applies nothing.
         self.stalled = ""
 
@@ -55,9 +57,6 @@ class Gate:
     def in_step(self) -> None:
         self.in_steps += 1
 
-    def problem(self, texts: list[str]) -> None:
-        self.problems += texts
-
 
 class Source:
     """The other end of a socket: frames go out in plain blocks, and come so."""
@@ -66,13 +65,13 @@ class Source:
         self.sock = sock
         self.sock.settimeout(GENEROUS)
         self._messages: list[FromReplica] = []
-        #: The uploads that the replica said to have, of the messages that were read.
+        #: The uploads that the replica said to have, and what it last said to lack, of the messages that were read.
         self.uploaded: list[int] = []
-        #: The last transaction that it said to have applied, and the problems that it told.
+        #: The last transaction that it said to have applied.
         self.applied = 0
-        self.problems: list[str] = []
         #: Why it applies nothing.
         self.stalled = ""
+        self.unkept: list[Cause] = []
 
     def put(self, *messages: object) -> None:
         """Send messages, in blocks of at most 1 MiB."""
@@ -106,7 +105,7 @@ class Source:
     def verdict(self) -> Ack | Nak:
         """The next one of these, an Ack once what it acknowledges is applied.
 
-        That an upload is complete may come before it.
+        That an upload is complete, or what is unkept, may come before it.
         """
         acked: Ack | None = None
         while True:
@@ -116,10 +115,11 @@ class Source:
                     self.uploaded.append(number)
                 case Ack():
                     acked = message
-                case Applied(seq=seq, problems=problems, stalled=stalled):
+                case Unkept(causes=causes):
+                    self.unkept = causes
+                case Applied(seq=seq, stalled=stalled):
                     self.stalled = stalled
                     self.applied = seq
-                    self.problems += problems
                     if acked is not None and seq >= acked.seq:
                         return acked
                 case Nak():
@@ -166,6 +166,7 @@ class Replica:
         self.state = base / "state"
         self.state.mkdir(exist_ok=True)
         self.gate = Gate()
+        self.unkept_path: Path | None = None
         self.seq = 0
         self._roots = [(name, Root(os.fsencode(f"{base}/{name}"), exclude=("*.tmp",))) for name in roots]
         self._loop = asyncio.new_event_loop()
@@ -178,7 +179,7 @@ class Replica:
 
     def open(self) -> None:
         """Open the replica's state."""
-        self.applier = self.work(lambda: Applier(self._roots, self.state))
+        self.applier = self.work(lambda: Applier(self._roots, self.state, unkept=Register(self.unkept_path)))
 
     def close(self) -> None:
         """End the connection and give back everything but the loop."""

@@ -10,6 +10,9 @@ from pathlib import Path
 
 #: What the tests skip when the two sides can't agree on it: directories' sizes and all inode numbers.
 _Entry = tuple[object, ...]
+_KEPT = ("user.", "trusted.", "security.", "system.posix")
+#: What each host labels by itself.
+_OWN = ("security.selinux", "security.ima", "security.evm")
 
 
 def describe(top: str | os.PathLike[str]) -> dict[bytes, _Entry]:
@@ -19,22 +22,23 @@ def describe(top: str | os.PathLike[str]) -> dict[bytes, _Entry]:
     names_of: dict[tuple[int, int], list[bytes]] = {}
     for path in _paths(root):
         status = os.lstat(root + b"/" + path if path else root)
-        if stat.S_ISREG(status.st_mode):
+        if not stat.S_ISDIR(status.st_mode):
             names_of.setdefault((status.st_dev, status.st_ino), []).append(path)
     for path in _paths(root):
         full = root + b"/" + path if path else root
         status = os.lstat(full)
         kind = stat.S_IFMT(status.st_mode)
-        xattrs: object = ()
         content: object = None
         links: object = None
-        if kind != stat.S_IFLNK:
-            xattrs = sorted(
-                (n, os.getxattr(full, n)) for n in os.listxattr(full) if n.startswith(("user.", "system.posix"))
-            )
+        xattrs = sorted(
+            (n, os.getxattr(full, n, follow_symlinks=False))
+            for n in os.listxattr(full, follow_symlinks=False)
+            if n.startswith(_KEPT) and n not in _OWN
+        )
+        if kind not in (stat.S_IFDIR, stat.S_IFCHR, stat.S_IFBLK):
+            links = sorted(names_of[status.st_dev, status.st_ino])
         if kind == stat.S_IFREG:
             content = Path(os.fsdecode(full)).read_bytes()
-            links = sorted(names_of[status.st_dev, status.st_ino])
         elif kind == stat.S_IFLNK:
             content = os.readlink(full)
         found[path] = (

@@ -22,7 +22,7 @@ SITE_OF = {"ldrg": "ldc", "local_servers": "ldc", "rdrg": "rbc", "backup_servers
 _GROUP_KEYS = (
     "local_server", "backup_server", "paths", "services", "units",
     "failover", "failback", "rpo", "hold_down", "step_timeout", "bandwidth", "compress", "brake", "verify",
-    "consistency", "history",
+    "consistency", "history", "owners", "owner_map",
 )  # fmt: skip
 _SITE_KEYS = ("network", "public_address")
 _PATH_KEYS = ("path", "replica", "include", "exclude")
@@ -41,6 +41,7 @@ _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400}
 _SPACE = re.compile(r"([0-9]{1,9}) ?(%|MB|GB|TB)")
 _VERIFY_KEYS = ("every", "contents", "rate", "days", "from", "to")
 _PERIODS = ("never", "day", "week", "month")
+_OWNER_KEYS = ("users", "groups")
 _WINDOW_KEYS = ("days", "from", "to", "limit")
 _DAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,19}")
@@ -70,11 +71,12 @@ def node_groups(intent: Intent, host: str, hostvars: HostVars, replica_root: str
             }
             if group.get("units"):
                 entry["units"] = list(group["units"])
-            for key in ("rpo", "bandwidth", "verify", "consistency", "history"):
+            for key in ("rpo", "bandwidth", "verify", "consistency", "history", "owner_map"):
                 if group.get(key):
                     entry[key] = dict(group[key])
-            if "compress" in group:
-                entry["compress"] = group["compress"]
+            for key in ("compress", "owners"):
+                if key in group:
+                    entry[key] = group[key]
             if group.get("brake"):
                 entry["brake"] = _brake(group["brake"])
             found[str(name)] = entry
@@ -272,6 +274,9 @@ def _group_errors(where: str, name: Any, group: Any, groups: Mapping[str, Sequen
         yield f"{where}.compress: {group['compress']!r} is not allowed; allowed: true, false"
     yield from _consistency_errors(f"{where}.consistency", group.get("consistency", {}))
     yield from _history_errors(f"{where}.history", group.get("history", {}))
+    if group.get("owners", "number") not in ("number", "name"):
+        yield f"{where}.owners: {group['owners']!r} is not allowed; allowed: number, name"
+    yield from _owner_map_errors(where, group)
     yield from _list_errors(where, group, "paths", _path_errors)
     yield from _list_errors(where, group, "services", _service_errors)
     for i, unit in enumerate(group.get("units") or []):
@@ -432,6 +437,36 @@ def _history_errors(where: str, item: Any) -> Iterator[str]:
     found = _SPACE.fullmatch(space) if isinstance(space, str) else None
     if found is None or (found[2] == "%" and int(found[1]) > 90):
         yield f"{where}.space: {space!r} is not a size; allowed: up to 90%, or a number of MB, GB or TB"
+
+
+def _owner_map_errors(where: str, group: Mapping[str, Any]) -> Iterator[str]:
+    owner_map = group.get("owner_map", {})
+    yield from _keys(f"{where}.owner_map", owner_map, _OWNER_KEYS)
+    if not isinstance(owner_map, Mapping):
+        return
+    if any(owner_map.values()) and group.get("owners", "number") != "name":
+        yield f"{where}.owner_map: needs owners: name"
+    for key in _OWNER_KEYS:
+        names = owner_map.get(key, {})
+        if not isinstance(names, Mapping):
+            yield f"{where}.owner_map.{key}: {names!r} is not a mapping of names here to names on the backup"
+            continue
+        for name in (*names, *names.values()):
+            if not _is_account(name):
+                yield f"{where}.owner_map.{key}: {name!r} is not the name of a user or group"
+        twice = {there for there in names.values() if list(names.values()).count(there) > 1}
+        for there in sorted(map(str, twice)):
+            yield f"{where}.owner_map.{key}: {there!r} stands for several; each name is allowed once"
+
+
+def _is_account(name: Any) -> bool:
+    return (
+        isinstance(name, str)
+        and 0 < len(name) < 256
+        and name[0] not in "#~"
+        and name.isprintable()
+        and not set(name) & set(":/,")
+    )
 
 
 def _rate_errors(where: str, value: Any) -> Iterator[str]:

@@ -157,6 +157,10 @@ MISTAKES: list[tuple[list[Any], Any, str]] = [
     ),
     (["intent", "web", "verify"], {"interval": 7}, "web.verify.interval: is not a known key; allowed: every, contents"),
     (["intent", "web", "verify"], {"from": 1320}, "web.verify.from: 1320 is not a time of day"),
+    (["intent", "web", "owners"], "names", "farshore_groups.web.owners: 'names' is not allowed; allowed: number, name"),
+    (["intent", "web", "owner_map"], {"users": {"a": "b"}}, "farshore_groups.web.owner_map: needs owners: name"),
+    (["intent", "web", "owner_map"], {"user": {}}, "web.owner_map.user: is not a known key; allowed: users, groups"),
+    (["intent", "web", "owner_map"], {"users": ["a"]}, "web.owner_map.users: ['a'] is not a mapping of names"),
     (["intent", "web", "bandwidth"], "5Mbit/s", "farshore_groups.web.bandwidth: '5Mbit/s' is not a mapping"),
     (["intent", "web", "bandwidth"], {"limit": "5mb"}, "web.bandwidth.limit: '5mb' is not allowed; allowed: unlimited"),
     (["intent", "web", "bandwidth"], {"limit": "0MB/s"}, "web.bandwidth.limit: '0MB/s' is not allowed"),
@@ -232,6 +236,31 @@ def test_preflight_and_agent_agree_on_consistency(intent: ModuleType, inventory:
         assert refused
     else:
         assert not refused
+
+
+OWNER_MAPS = [
+    {"alice": "bob"},
+    {"alice": "bob", "bob": "alice"},
+    {"alice": "carol", "bob": "carol"},
+    {"EXAMPLE\\alice": "alice@example.org", "svc$": "_svc.x"},
+    *({"alice": name} for name in ("", "#5", "~bob", "a:b", "a/b", "a\nb", "x" * 256)),
+]
+
+
+@pytest.mark.parametrize("names", OWNER_MAPS, ids=str)
+def test_preflight_and_agent_agree_on_owners(intent: ModuleType, inventory: Inventory, names: Any) -> None:
+    config = pytest.importorskip("farshore.config")
+    inventory["intent"]["web"].update(owners="name", owner_map={"users": names})
+    refused = bool(errors(intent, inventory))
+    try:
+        config.parse({"users": names}, config.OwnerMap)
+    except config.ConfigError:
+        assert refused
+    else:
+        assert not refused
+        for host in ("web1", "bak1"):
+            group = intent.node_groups(inventory["intent"], host, inventory["hostvars"], "/replicas")["web"]
+            assert (group["owners"], group["owner_map"]) == ("name", {"users": names})
 
 
 def test_times_of_day_survive_the_configuration_file(intent: ModuleType, inventory: Inventory) -> None:

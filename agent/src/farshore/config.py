@@ -275,6 +275,26 @@ class Consistency:
 
 
 @dataclass(frozen=True, slots=True)
+class OwnerMap:
+    """Users and groups that are called otherwise on the backup server: names there by names on the local server."""
+
+    users: dict[str, str] = field(default_factory=dict)
+    groups: dict[str, str] = field(default_factory=dict)
+
+    def validate(self, where: str) -> None:
+        for key in ("users", "groups"):
+            names: dict[str, str] = getattr(self, key)
+            for name in (*names, *names.values()):
+                _account(f"{where}.{key}", name)
+            seen: dict[str, str] = {}
+            for here, there in names.items():
+                if there in seen:
+                    # Nobody could say whose a file is on the way back.
+                    raise ConfigError(f"{where}.{key}", f"both {seen[there]!r} and {here!r} are {there!r} there")
+                seen[there] = here
+
+
+@dataclass(frozen=True, slots=True)
 class NodeGroup:
     """A protection group as one of its two nodes sees it."""
 
@@ -289,8 +309,12 @@ class NodeGroup:
     brake: BrakeConfig = field(default_factory=BrakeConfig)
     verify: Verification = field(default_factory=Verification)
     consistency: Consistency = field(default_factory=Consistency)
+    owners: Literal["number", "name"] = "number"
+    owner_map: OwnerMap = field(default_factory=OwnerMap)
 
     def validate(self, where: str) -> None:
+        if self.owners != "name" and (self.owner_map.users or self.owner_map.groups):
+            raise ConfigError(f"{where}.owner_map", f"needs owners: name; it is {self.owners}")
         if not self.paths:
             raise ConfigError(f"{where}.paths", "is empty; at least one path is needed")
         for key in ("source", "path"):
@@ -474,6 +498,8 @@ def _convert(data: Any, kind: Any, where: str) -> Any:
         if not isinstance(data, dict):
             raise ConfigError(name, f"{data!r} is not a mapping")
         item = typing.get_args(kind)[1]
+        if item is str:
+            return {_scalar(key, str, name): _scalar(value, str, f"{where}.{key}") for key, value in data.items()}
         return {_name(key, where): _convert(value, item, f"{where}.{key}".lstrip(".")) for key, value in data.items()}
     return _scalar(data, kind, name)
 
@@ -529,6 +555,12 @@ def _name(value: object, where: str) -> str:
             "is not a name; allowed: up to 20 letters, digits, - and _, beginning with a letter",
         )
     return text
+
+
+def _account(where: str, name: str) -> None:
+    """Names of users and groups, as directory services have them too: alice, EXAMPLE\\alice, alice@example.org."""
+    if not 0 < len(name) < 256 or name[0] in "#~" or not name.isprintable() or set(name) & set(":/,"):
+        raise ConfigError(where, f"{name!r} is not the name of a user or group")
 
 
 def _address(where: str, value: str) -> None:

@@ -146,12 +146,27 @@ def test_user_xattrs_are_sorted(top: bytes) -> None:
 
 
 @needs_root
-def test_only_listed_namespaces_are_kept(top: bytes) -> None:
+def test_what_a_host_computes_by_itself_is_left_out(top: bytes) -> None:
     open(top + b"/f", "wb").close()
+    os.symlink(b"f", top + b"/l")
     capability = bytes.fromhex("0100000200040000000000000000000000000000")
     set_xattr(top + b"/f", "trusted.x", b"1")
+    set_xattr(top + b"/f", "security.selinux", b"host:label")
+    set_xattr(top + b"/f", "trusted.overlay.origin", b"handle")
     set_xattr(top + b"/f", "security.capability", capability)
-    assert see(top, b"f").xattrs == ((b"security.capability", capability),)
+    assert see(top, b"f").xattrs == ((b"security.capability", capability), (b"trusted.x", b"1"))
+    os.setxattr(top + b"/l", "trusted.y", b"2", follow_symlinks=False)
+    assert see(top, b"l").xattrs == ((b"trusted.y", b"2"),)
+
+
+def test_more_attributes_than_can_be_listed_hide_nothing_else(top: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    open(top + b"/f", "wb").close()
+
+    def too_many(path: bytes) -> list[str]:
+        raise OSError(7, "Argument list too long")
+
+    monkeypatch.setattr(os, "listxattr", too_many)
+    assert (see(top, b"f").xattrs, see(top, b"f").unlisted) == ((), True)
 
 
 def test_acls_are_kept(top: bytes) -> None:

@@ -22,6 +22,7 @@ from farshore.control.api import GroupStatus, HistoryAnswer
 from farshore.dbm import receiver, wire
 from farshore.dbm.index import Index
 from farshore.dbm.messages import Hello, Refused, Welcome
+from farshore.dbm.owners import Owners
 from farshore.dbm.record import Record, load, store
 from farshore.dbm.replica import restore
 from farshore.dbm.replica.guard import Guard
@@ -29,6 +30,7 @@ from farshore.dbm.replica.history import NotRemembered
 from farshore.dbm.replica.view import Progress
 from farshore.dbm.sender import Sender
 from farshore.dbm.snapshots import Snapshots
+from farshore.dbm.unkept import Unkept, texts
 from farshore.dbm.verify.verifier import Verifier
 from farshore.errors import FarshoreError, NotInTime, StaleEpoch
 from farshore.fmm.dirty import DirtySet
@@ -100,7 +102,8 @@ class Group:
         self._confirmed = False
         self._paused = False
         self._fenced_by = 0
-        self._replica_problems: dict[str, None] = {}
+        self._unkept = Unkept(state / "unkept")
+        self._owners = Owners(config.side, config.owner_map, state / "owners.json") if config.owners == "name" else None
         self._kept_aside = 0
         self._restoring: Progress | None = None
         #: Ends a restore.
@@ -168,6 +171,7 @@ class Group:
             self.config.compress,
             self._snapshots if self.config.consistency.mode == "snapshot" else None,
             self._marked,
+            self._owners,
         )
         roots = [root for _, root in self._roots]
         self._sender.verifier = Verifier(
@@ -178,6 +182,7 @@ class Group:
             self.config.verify,
             self._events_are_marked,
             lambda: self._feed is not None and self._feed.watching and not self._paused,
+            self._owners,
         )
         self._feed = Feed(lambda: make_watcher("auto", roots), self._dirty, self._sender.wake)
         self._feed.start()
@@ -611,7 +616,9 @@ class Group:
             self._applier_roots = self._root_marks()
             places = [root.path for _, root in self._roots]
             guard = Guard(self.name, self.config.brake, places, self._state, armed=self._record.synced_once)
-            self._applier = receiver.Applier(self._roots, self._state, self.config.history, guard=guard)
+            self._applier = receiver.Applier(
+                self._roots, self._state, self.config.history, guard=guard, unkept=self._unkept, owners=self._owners
+            )
             index = self._state / "index.db"
             if self._record.keep_aside:
                 self._aside_index = Index(index) if index.exists() else None
@@ -659,20 +666,13 @@ class Group:
             self._worker.submit(self._end_aside)
             _log.info("in step with the source", group=self.name)
 
-    def problem(self, texts: list[str]) -> None:
-        """Remember what metadata could not be kept."""
-        for text in texts:
-            if text not in self._replica_problems:
-                _log.warning("not kept", group=self.name, what=text)
-            self._replica_problems[text] = None
-
     # --- status
 
     async def status(self) -> GroupStatus:
         """How the group is on this node."""
         sender = self._sender
         oldest = sender.oldest() if sender is not None else None
-        problems = list(self._replica_problems)
+        problems = self._not_kept()
         if sender is not None:
             problems += sender.problems() + (self._feed.problems() if self._feed else [])
         applier = self._applier
@@ -713,6 +713,11 @@ class Group:
             held_since=held.since if held is not None else 0.0,
             verification=sender.verifier.status() if sender is not None and sender.verifier is not None else None,
         )
+
+    def _not_kept(self) -> list[str]:
+        """What this side lacks of its files' metadata, of which it is, or was, the replica."""
+        causes = self._unkept.causes() + (self._owners.unkept.causes() if self._owners is not None else [])
+        return [text if self._sender is None else f"since this side was the replica: {text}" for text in texts(causes)]
 
     def _in_step(self) -> bool:
         """True when everything is watched and everything seen is durable on the other side."""

@@ -129,6 +129,13 @@ class SetMeta(_Message, frozen=True, tag="a"):
 Operation = MakeDir | Put | Patch | Copy | MakeSymlink | MakeNode | Link | Move | Remove | SetMeta
 
 
+class Names(_Message, frozen=True, tag="names"):
+    """Whom the sender of this means by owners' and groups' numbers in what follows; see ``dbm.owners``."""
+
+    users: dict[int, str]
+    groups: dict[int, str]
+
+
 # --- source to replica -------------------------------------------------------------------------------
 
 
@@ -265,6 +272,7 @@ FromSource = (
     | WantDigests
     | Look
     | Ping
+    | Names
     | MakeDir
     | Put
     | Patch
@@ -323,14 +331,28 @@ class Ack(_Message, frozen=True, tag="ack"):
 
 
 class Applied(_Message, frozen=True, tag="applied"):
-    """The tree has all transactions up to ``seq``; ``problems`` names metadata that could not be kept, by cause.
+    """The tree has all transactions up to ``seq``.
 
     ``stalled`` says why nothing more is applied at the moment, "" if nothing stands in the way.
     """
 
     seq: int
-    problems: list[str]
     stalled: str
+
+
+class Cause(msgspec.Struct, frozen=True, array_like=True):
+    """Why some metadata is not kept, of how many files (``more``: of more than that), and one of them."""
+
+    text: str
+    count: int
+    example: bytes
+    more: bool
+
+
+class Unkept(_Message, frozen=True, tag="unkept"):
+    """All metadata that the replica could not keep, as far as that is known now."""
+
+    causes: list[Cause]
 
 
 class Nak(_Message, frozen=True, tag="nak"):
@@ -443,10 +465,12 @@ FromReplica = (
     | Ack
     | Applied
     | Nak
+    | Names
     | Entries
     | SignaturePart
     | NoSignature
     | Uploaded
+    | Unkept
     | Surveyed
     | Digests
     | Seen

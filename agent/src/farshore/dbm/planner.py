@@ -36,7 +36,9 @@ from farshore.dbm.messages import (
     Remove,
     SetMeta,
 )
+from farshore.dbm.owners import Leaving
 from farshore.dbm.replica import paths
+from farshore.dbm.unkept import shown, summary
 from farshore.dbm.work import Batch, Content, Job, Work
 from farshore.errors import UnsafePath
 from farshore.fmm import scanner
@@ -60,7 +62,12 @@ _UNKNOWN = FileKind.SOCKET
 _MAX_XATTRS = wire.MAX_FRAME - INLINE_MAX - 4 * MAX_PATH
 _XATTR_OVERHEAD = 16
 _INT64 = 1 << 63
+#: Reasons for which something is not replicated that are told apart, at most.
+_MOST_REASONS = 100
+#: What may have several names, besides files.
+_LINKED = (FileKind.SYMLINK, FileKind.FIFO)
 _NO_INODE = (-1, 0, 0)
+_FAR_AWAY = "its time is before 1677 or after 2262, and is sent as the nearest of these"
 _CONTENT = Kind.MODIFIED | Kind.CREATED | Kind.MOVED_TO
 
 
@@ -127,6 +134,8 @@ class Planner:
         self.absent_roots: set[int] = set()
         #: Paths that were looked at so far.
         self.looked_at = 0
+        #: Whom owners' numbers stand for is told where they go by name.
+        self.owners = Leaving(None)
         #: What could not be read or told, by root, path and what of it ("root", "state", ...), with the reason.
         self.problems: dict[tuple[int, bytes, str], str] = {}
 
@@ -149,6 +158,7 @@ class Planner:
                 if time.monotonic() >= until:
                     break
             self._set_directories()
+            plan.loose.extend(wire.frame(names) for names in self.owners.told())
         finally:
             # A later batch must see what came since.
             self.view.forget()
@@ -262,9 +272,24 @@ class Planner:
     def _note(self, root: int, path: bytes, what: str, why: str | None) -> None:
         """``why`` keeps ``what`` of the path from being replicated; None when nothing does any more."""
         if why is not None:
-            self.problems[root, path, what] = f"{os.fsdecode(self._where(root, path))}: {why}"
+            self.problems[root, path, what] = why
         elif self.problems:
             self.problems.pop((root, path, what), None)
+
+    def summaries(self) -> list[str]:
+        """The problems, by reason: how many paths there are, and one of them. Any thread may ask."""
+        by_reason: dict[str, list[tuple[int, bytes]]] = {}
+        for (root, path, _), why in list(self.problems.items()):
+            by_reason.setdefault(why, []).append((root, path))
+        lines = [summary(why, len(where), self._where(*where[0])) for why, where in by_reason.items()]
+        if len(lines) > _MOST_REASONS:
+            lines[_MOST_REASONS:] = [f"{len(lines) - _MOST_REASONS} more problems of other kinds"]
+        return lines
+
+    def why_absent(self, root: int) -> str:
+        """Why a root that is missing is no such."""
+        why = self.problems.get((root, b"", "root"), "the protected path is missing")
+        return f"{shown(self._where(root, b''))}: {why}"
 
     def _forget_problems(self, root: int, path: bytes) -> None:
         """Nothing is at ``path``, so nothing is wrong there or below."""
@@ -301,16 +326,20 @@ class Planner:
 
     def _tellable(self, seen: Observed) -> Observed:
         """What was seen, within what a message can hold."""
-        size = sum(len(name) + len(value) + _XATTR_OVERHEAD for name, value in seen.xattrs)
-        if size > _MAX_XATTRS:
-            why = f"its extended attributes are too large to be replicated ({size} bytes)"
-            self._note(seen.root, seen.path, "xattrs", why)
-            seen = replace(seen, xattrs=())
-        else:
-            self._note(seen.root, seen.path, "xattrs", None)
+        kept = _fitting(seen.xattrs)
+        why = None
+        if seen.unlisted:
+            why = "it has more extended attributes than the system can list"
+        elif len(kept) < len(seen.xattrs):
+            why = "its extended attributes are too large to be all replicated"
+            seen = replace(seen, xattrs=kept)
+        self._note(seen.root, seen.path, "xattrs", why)
         if not all(-_INT64 <= time_ns < _INT64 for time_ns in (seen.atime_ns, seen.mtime_ns, seen.ctime_ns)):
             atime, mtime, ctime = map(clamp_time, (seen.atime_ns, seen.mtime_ns, seen.ctime_ns))
+            self._note(seen.root, seen.path, "times", None if mtime == seen.mtime_ns else _FAR_AWAY)
             seen = replace(seen, atime_ns=atime, mtime_ns=mtime, ctime_ns=ctime)
+        elif self.problems:
+            self._note(seen.root, seen.path, "times", None)
         return seen
 
     def _is_inode(self, root: int, path: bytes, dev: int, ino: int) -> bool:
@@ -494,6 +523,11 @@ class Planner:
 
     # --- what to tell
 
+    def _meta(self, seen: Observed) -> Meta:
+        meta = Meta(seen.mode, seen.uid, seen.gid, seen.atime_ns, seen.mtime_ns, list(seen.xattrs))
+        self.owners.use(meta)
+        return meta
+
     def _emit(self, operation: Operation, content: int = 0) -> None:
         plan = self._plan
         plan.operations += 1
@@ -552,7 +586,7 @@ class Planner:
             if not self._has_root(root):
                 return False
             self._present(seen)
-        self._plan.frames.append(wire.frame(SetMeta(root, path, _meta(seen))))
+        self._plan.frames.append(wire.frame(SetMeta(root, path, self._meta(seen))))
         self._index.put(_known(seen, None, settled=True))
         return True
 
@@ -722,7 +756,7 @@ class Planner:
 
     def _sync_directory(self, batch: Batch, seen: Observed, known: Known | None, work: Work) -> None:
         if known is None:
-            self._emit(MakeDir(seen.root, seen.path, _meta(seen)))
+            self._emit(MakeDir(seen.root, seen.path, self._meta(seen)))
             batch.walk(seen.root, seen.path, work)
         else:
             if known.ino != seen.ino and known.ino:
@@ -733,14 +767,20 @@ class Planner:
         self._index.put(_known(seen, None, settled=True))
 
     def _sync_special(self, seen: Observed, known: Known | None) -> None:
+        names = self._other_names(seen) if seen.nlink > 1 and seen.kind in _LINKED else []
+        if known is not None and _doubtful(known, seen):
+            known = None
+        if names and (known is None or (known.dev, known.ino) != (seen.dev, seen.ino)):
+            known = self._link(seen, names[0])
         if known is None or known.target != seen.target or known.rdev != seen.rdev:
             if seen.target is not None:
-                self._emit(MakeSymlink(seen.root, seen.path, _meta(seen), seen.target))
+                self._emit(MakeSymlink(seen.root, seen.path, self._meta(seen), seen.target))
             else:
-                self._emit(MakeNode(seen.root, seen.path, _meta(seen), int(seen.kind), seen.rdev))
+                self._emit(MakeNode(seen.root, seen.path, self._meta(seen), int(seen.kind), seen.rdev))
         elif not known.same_meta(seen):
-            self._emit(SetMeta(seen.root, seen.path, _meta(seen)))
-        self._index.put(_known(seen, None, settled=True))
+            self._emit(SetMeta(seen.root, seen.path, self._meta(seen)))
+        entry = _known(seen, None, settled=True)
+        self._index.put_all([entry, *(replace(entry, path=name.path) for name in names)])
 
     # --- files
 
@@ -822,12 +862,12 @@ class Planner:
                 self._index.put(replace(other, dev=0, ino=0, ctime_ns=0))
 
     def _other_names(self, seen: Observed) -> list[Known]:
-        """The names of the same file that the replica has and that are still its names here."""
+        """The names of the same object that the replica has and that are still its names here."""
         return [
             other
             for other in self._index.by_inode(seen.root, seen.dev, seen.ino)
             if other.path != seen.path
-            and other.kind is FileKind.FILE
+            and other.kind is seen.kind
             and self._is_inode(seen.root, other.path, seen.dev, seen.ino)
         ]
 
@@ -836,7 +876,7 @@ class Planner:
         digest = blake3.blake3(data).digest()
         self._content_sent = not _has(known, seen, len(data), digest)
         if self._content_sent:
-            self._emit(Put(seen.root, seen.path, _meta(seen), data), len(data))
+            self._emit(Put(seen.root, seen.path, self._meta(seen), data), len(data))
             if known is not None and known.size > INLINE_MAX:
                 self._index.set_signature(seen.root, seen.path, None)
         else:
@@ -868,7 +908,7 @@ class Planner:
             self._drop(job)
             self._emit_meta(seen, known)
         elif not job.hash_only:
-            self._emit(Patch(root, path, _meta(seen), job.number))
+            self._emit(Patch(root, path, self._meta(seen), job.number))
             self._plan.uploads.append(job.number)
             self._index.set_signature(root, path, content.signature)
         elif not self._copy(seen, content):
@@ -901,7 +941,7 @@ class Planner:
         """Have the replica copy the content from another of its files; False when it has none such."""
         for other in self._index.like(content.length, content.digest):
             if (other.root, other.path) != (seen.root, seen.path) and self.is_settled(other.root, other.path):
-                self._emit(Copy(seen.root, seen.path, _meta(seen), other.root, other.path, content.digest))
+                self._emit(Copy(seen.root, seen.path, self._meta(seen), other.root, other.path, content.digest))
                 signature = self._index.get_signature(other.root, other.path)
                 self._index.set_signature(seen.root, seen.path, signature)
                 return True
@@ -909,12 +949,25 @@ class Planner:
 
     def _emit_meta(self, seen: Observed, known: Known | None) -> None:
         if known is not None and not known.same_meta(seen):
-            self._emit(SetMeta(seen.root, seen.path, _meta(seen)))
+            self._emit(SetMeta(seen.root, seen.path, self._meta(seen)))
 
     def _cannot_read(self, seen: Observed, error: OSError) -> None:
         """Leave the file alone until a hint, or another ctime, promises better."""
         self._note(seen.root, seen.path, "content", _reason(error))
         self._unreadable[seen.root, seen.path] = seen.ctime_ns
+
+
+def _fitting(xattrs: tuple[tuple[bytes, bytes], ...]) -> tuple[tuple[bytes, bytes], ...]:
+    """Of a file's attributes those that fit into a message, the small ones first: ACLs and capabilities are."""
+    if sum(len(name) + len(value) + _XATTR_OVERHEAD for name, value in xattrs) <= _MAX_XATTRS:
+        return xattrs
+    kept, room = [], _MAX_XATTRS
+    for name, value in sorted(xattrs, key=lambda each: len(each[0]) + len(each[1])):
+        room -= len(name) + len(value) + _XATTR_OVERHEAD
+        if room < 0:
+            break
+        kept.append((name, value))
+    return tuple(sorted(kept))
 
 
 def _reason(error: OSError) -> str:
@@ -933,10 +986,6 @@ def _is_current(known: Known, seen: Observed) -> bool:
 def _doubtful(known: Known, seen: Observed) -> bool:
     """A replica's file with several names that was not made from what is seen: it may be linked to what is separate."""
     return known.nlink > 1 and (known.dev, known.ino) != (seen.dev, seen.ino)
-
-
-def _meta(seen: Observed) -> Meta:
-    return Meta(seen.mode, seen.uid, seen.gid, seen.atime_ns, seen.mtime_ns, list(seen.xattrs))
 
 
 def _known(seen: Observed, digest: bytes | None, settled: bool) -> Known:

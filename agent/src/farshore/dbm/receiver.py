@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
+import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol, TypeVar
@@ -21,6 +23,7 @@ from farshore.dbm.messages import (
     Ack,
     Applied,
     Begin,
+    Cause,
     Chunk,
     Commit,
     Drop,
@@ -33,6 +36,7 @@ from farshore.dbm.messages import (
     ListTree,
     Look,
     Nak,
+    Names,
     NoSignature,
     Patch,
     Ping,
@@ -41,11 +45,13 @@ from farshore.dbm.messages import (
     Refused,
     SignaturePart,
     Survey,
+    Unkept,
     Uploaded,
     WantDigests,
     WantSignature,
 )
 from farshore.dbm.messages import Upload as UploadFrame
+from farshore.dbm.owners import Leaving, OwnersDiffer
 from farshore.dbm.replica.commit import Applier, Listener, refusal
 from farshore.dbm.replica.intake import Inbox, Switch
 from farshore.dbm.replica.paths import MAX_PATH
@@ -69,6 +75,8 @@ _ALIVE_SECONDS = 5.0
 _LEAST = 100
 #: Messages that are sorted before others of the event loop have their turn, some ms: a block of 2 MiB may hold 200,000.
 _IN_A_ROW = 1000
+#: The source is told how many files lack something after so many seconds.
+_UNKEPT_SECONDS = 5.0
 #: A step of an upload that is under way when the connection ends has so long to end in good order.
 _GRACE_SECONDS = 10.0
 _T = TypeVar("_T")
@@ -82,9 +90,6 @@ class Gate(Protocol):
 
     def in_step(self) -> None:
         """The source said that everything was sent."""
-
-    def problem(self, texts: list[str]) -> None:
-        """Metadata that could not be kept."""
 
 
 async def serve(
@@ -189,6 +194,10 @@ class _Session(Listener):
         self._no_signature_told = False
         self._settling: asyncio.Future[bool] | None = None
         self._failure: asyncio.Future[None] = self._loop.create_future()
+        #: What the source was told of metadata that is not kept, when, and the register's version then.
+        self._unkept: list[Cause] = []
+        self._unkept_at = -math.inf
+        self._unkept_version = 0
         # What is sorted out of the block at hand.
         self._items: list[Item] = []
         self._items_size = 0
@@ -199,6 +208,7 @@ class _Session(Listener):
         """Serve until the stream ends; raises what ends it otherwise."""
         self._applier.begin_session()
         self._applier.listener = self
+        self._tell_unkept()
         self._stager.start()
         self._uploader.start()
         tasks: list[asyncio.Future[None]] = [
@@ -217,6 +227,9 @@ class _Session(Listener):
                     part.result()
         except StaleEpoch as error:
             self._outbox.put(Refused(str(error), True, error.args[2]))
+            await self._outbox.flush()
+        except OwnersDiffer as error:
+            self._outbox.put(Refused(str(error), False, 0))
             await self._outbox.flush()
 
     def end(self) -> None:
@@ -301,6 +314,8 @@ class _Session(Listener):
             self._pieces_size += _LEAST
         elif isinstance(message, InStep):
             self._add(self._in_step, _LEAST)
+        elif isinstance(message, Names):
+            self._add(message, _LEAST * (1 + len(message.users) + len(message.groups)))
         elif isinstance(message, Hello):
             raise ProtocolError(self._peer, "Hello for a second time")
         else:
@@ -325,7 +340,11 @@ class _Session(Listener):
     def _in_step(self) -> None:
         """In the worker, once all before is applied."""
         self._applier.in_step()
-        self._loop.call_soon_threadsafe(self._gate.in_step)
+        self._loop.call_soon_threadsafe(self._are_in_step)
+
+    def _are_in_step(self) -> None:
+        self._gate.in_step()
+        self._tell_unkept()
 
     # --- uploads
 
@@ -419,15 +438,14 @@ class _Session(Listener):
                 if self._settling is not None and not self._settling.done():
                     self._settling.set_result(False)
 
-    def applied(self, seq: int, problems: list[str], stalled: str) -> None:
+    def applied(self, seq: int, stalled: str) -> None:
         """In the worker."""
-        self._loop.call_soon_threadsafe(self._tell_applied, Applied(seq, problems, stalled))
+        self._loop.call_soon_threadsafe(self._tell_applied, Applied(seq, stalled))
         self._switch.notify()
 
     def _tell_applied(self, message: Applied) -> None:
         self._applied = None
-        if message.problems:
-            self._gate.problem(message.problems)
+        self._tell_unkept()
         if message.seq > self._acked:
             # The worker was quicker than the answer to what was accepted.
             self._applied = message
@@ -442,6 +460,19 @@ class _Session(Listener):
         """From any thread: send ``message`` soon."""
         self._loop.call_soon_threadsafe(self._outbox.put, message)
 
+    def _tell_unkept(self) -> None:
+        """Tell the source what is not kept, if that has changed: a new cause at once, a number now and then."""
+        version = self._applier.unkept_version()
+        if version == self._unkept_version:
+            return
+        causes = self._applier.unkept_causes()
+        now = time.monotonic()
+        news = {cause.text for cause in causes} != {cause.text for cause in self._unkept}
+        if news or now - self._unkept_at >= _UNKEPT_SECONDS:
+            self._unkept, self._unkept_at, self._unkept_version = causes, now, version
+            self._outbox.put(Unkept(causes))
+            self._worker.submit(self._applier.store_unkept)
+
     def _fail(self, error: BaseException) -> None:
         """From any thread: the connection cannot go on."""
 
@@ -454,6 +485,7 @@ class _Session(Listener):
     async def _answer(self, message: FromSource) -> None:
         """Answer a question: Ping at once, the others when all that came before them is applied."""
         if isinstance(message, Ping):
+            self._tell_unkept()
             self._outbox.put(Pong())
             return
         await self._flush()
@@ -461,6 +493,7 @@ class _Session(Listener):
             return
         if isinstance(message, ListTree):
             await self._work(Pong(), self._applier.forget_incomplete)
+            self._applier.begin_unkept_round()
             await self._send_entries(self._applier.entries(message.digests))
         elif isinstance(message, WantSignature):
             await self._send_signature(message.root, message.path)
@@ -486,7 +519,10 @@ class _Session(Listener):
         return await self._telling(Pong(), done)
 
     async def _send_entries(self, parts: Iterator[list[Entry]]) -> None:
+        leaving = Leaving(self._applier.owners)
         while (part := await self._work(Entries([], False), next, parts, None)) is not None:
+            for names in await self._work(Entries([], False), leaving.listed, part, self._applier.place):
+                self._outbox.put(names)
             self._outbox.put(Entries(part, False))
             await self._outbox.room()
         self._outbox.put(Entries([], True))

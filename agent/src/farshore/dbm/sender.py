@@ -35,6 +35,7 @@ from farshore.dbm.index import LINEAGE, OPEN, SEQ, Index, IndexDamaged, Known, c
 from farshore.dbm.messages import (
     Ack,
     Applied,
+    Cause,
     Digests,
     Entries,
     Entry,
@@ -43,6 +44,7 @@ from farshore.dbm.messages import (
     InStep,
     ListTree,
     Nak,
+    Names,
     NoSignature,
     Ping,
     Pong,
@@ -50,14 +52,17 @@ from farshore.dbm.messages import (
     Seen,
     SignaturePart,
     Surveyed,
+    Unkept,
     Uploaded,
     WantSignature,
     Welcome,
 )
+from farshore.dbm.owners import Arriving, Leaving, Owners
 from farshore.dbm.planner import MAX_OPERATIONS, MAX_PATH, Planned, Planner, dirty_everything
 from farshore.dbm.replica import paths
 from farshore.dbm.snapshots import Snapshots
 from farshore.dbm.state import Cycle, merged
+from farshore.dbm.unkept import texts
 from farshore.dbm.uploads import Uploads
 from farshore.dbm.verify.verifier import Verifier
 from farshore.dbm.work import Batch, Job, Work
@@ -92,6 +97,8 @@ _SIGNATURE_SHARE = 24 / 1024
 #: What may be on its way: enough for 100 ms and 1 Gbit/s, and little enough to be done again after a cut.
 _FLIGHT_OPERATIONS = 20_000
 _FLIGHT_BYTES = 64 << 20
+#: The index's fact that says how owners are told.
+_OWNERS = "owners"
 #: The index is committed at the latest after so many changes or seconds, for which sending stops until all that is
 #: on its way was acknowledged.
 _COMMIT_PATHS = 50_000
@@ -218,6 +225,7 @@ class Sender:
         compress: bool = True,
         snapshots: Snapshots | None = None,
         barrier: Callable[[], Awaitable[int]] | None = None,
+        owners: Owners | None = None,
     ) -> None:
         self._group = group
         self._epoch = epoch
@@ -236,6 +244,8 @@ class Sender:
         self._pending: _Pending | None = None
         self._pacer = Pacer(bandwidth or Bandwidth())
         self._compress = compress
+        self._owners = owners
+        self._owners_mark = b"" if owners is None else owners.mark
         self._batches: list[Batch] = []
         self._oldest_next = False
         # All that was taken and is not settled, and of that, in the order of their transactions, what is done here.
@@ -283,7 +293,8 @@ class Sender:
         #: Why the replica's tree takes up nothing more, "" if it does.
         self.stalled = ""
         self._sent_before = 0
-        self.replica_problems: dict[str, None] = {}
+        #: Metadata that the replica could not keep, as it has told.
+        self.unkept: list[Cause] = []
         #: Verifies over our connection, when it is given.
         self.verifier: Verifier | None = None
 
@@ -326,15 +337,15 @@ class Sender:
         """Why nothing can be promised now: a protected path is not there. "" when all are."""
         if self._planner is None or not self._planner.absent_roots:
             return ""
-        return self._planner.problems.get((min(self._planner.absent_roots), b"", "root"), "a protected path is missing")
+        return self._planner.why_absent(min(self._planner.absent_roots))
 
     def problems(self) -> list[str]:
         """What could not be read here or kept there."""
-        mine = list(self._planner.problems.values()) if self._planner else []
+        mine = self._planner.summaries() if self._planner else []
         mine += [self.stuck] if self.stuck else []
         mine += self._snapshots.problems() if self._snapshots else []
         stalled = [f"cannot apply what it has received: {self.stalled}"] if self.stalled else []
-        return mine + [f"{self._peer.node}: {text}" for text in [*stalled, *self.replica_problems]]
+        return mine + [f"{self._peer.node}: {text}" for text in [*stalled, *texts(self.unkept)]]
 
     async def wait_durable(self, mark: int, timeout: float, *, applied: bool) -> None:
         """Return when everything marked below ``mark`` is durable on the replica, and, if ``applied``, in its tree.
@@ -496,6 +507,8 @@ class Sender:
         index, planner = await self._in_worker(self._open_index)
         self.applied = welcome.applied
         self.stalled = ""
+        self.unkept = []
+        planner.owners = Leaving(self._owners)
         hints = await self._in_worker(self._resume, index, planner, welcome)
         if hints is None:
             await self._compare(inbox, index, welcome)
@@ -545,6 +558,9 @@ class Sender:
         self.seq = int(index.get_fact(SEQ) or b"0")
         if index.get_fact(LINEAGE) != welcome.lineage or self._pending is None:
             return None
+        if (index.get_fact(_OWNERS) or b"") != self._owners_mark:
+            # Whose the replica's files are was told in another way.
+            return None
         doubts = [(root, path) for root, path in welcome.doubts if 0 <= root < len(self._roots)]
         if any(each in self._doubted or self._is_directory(index, each) for each in doubts):
             # Sending it anew did not help, or what is missing is a directory: more is wrong than one path.
@@ -579,24 +595,33 @@ class Sender:
         await self._in_worker(index.begin)
         await self._in_worker(index.clear)
         await self.send([wire.frame(ListTree(digests=not welcome.was_in_step))])
+        owners = Arriving(self._owners)
         while True:
             try:
                 async with asyncio.timeout(_ANSWER_SECONDS):
                     part = self._checked(await inbox.next())
             except TimeoutError:
                 raise PeerUnreachable(self._peer.node, f"no answer within {_ANSWER_SECONDS:g} s") from None
+            if isinstance(part, Names):
+                owners.learn(part)
+                continue
+            if isinstance(part, Unkept):
+                self.unkept = part.causes
+                continue
             if isinstance(part, Pong):
                 # It has still to apply what it has accepted.
                 continue
             if not isinstance(part, Entries):
                 raise ProtocolError(self._peer.node, f"{type(part).__name__} instead of Entries")
             # What is too long to be named cannot be told about either; it goes with what it lies in.
-            known = [self._known(entry) for entry in part.entries if len(entry.path) <= MAX_PATH]
+            entries = await self._in_worker(owners.listed, part.entries)
+            known = [self._known(entry) for entry in entries if len(entry.path) <= MAX_PATH]
             await self._in_worker(index.put_all, known)
             if part.last:
                 break
         self.seq = welcome.started
         await self._in_worker(index.set_fact, LINEAGE, welcome.lineage)
+        await self._in_worker(index.set_fact, _OWNERS, self._owners_mark)
         await self._in_worker(self._commit_index, index)
 
     def _commit_index(self, index: Index) -> None:
@@ -917,6 +942,7 @@ class Sender:
     # --- listening
 
     async def _listen(self, inbox: _Inbox, index: Index, planner: Planner) -> None:
+        owners = Arriving(self._owners)
         while True:
             message = self._checked(await inbox.next())
             self._heard = time.monotonic()
@@ -931,13 +957,11 @@ class Sender:
                     await self._settle()
                     self._acked.set()
                     self._wake.set()
-                case Applied(seq=seq, problems=problems, stalled=stalled):
+                case Applied(seq=seq, stalled=stalled):
                     if seq > self.seq:
                         raise ProtocolError(self._peer.node, f"Applied({seq}) before it was acknowledged")
                     self.applied = max(self.applied, seq)
                     self.stalled = stalled
-                    for text in problems:
-                        self.replica_problems[text] = None
                     await self._note_progress()
                 case Nak():
                     await self._refused(index, planner, message)
@@ -948,8 +972,15 @@ class Sender:
                 case Uploaded(upload=number):
                     if self._uploads is not None:
                         self._uploads.uploaded(number)
+                case Names():
+                    owners.learn(message)
+                case Seen() if self._owners is not None and self.verifier is not None:
+                    entries = await self._in_worker(owners.listed, message.entries)
+                    self.verifier.answered(msgspec.structs.replace(message, entries=entries))
                 case Surveyed() | Digests() | Seen() if self.verifier is not None:
                     self.verifier.answered(message)
+                case Unkept(causes=causes):
+                    self.unkept = causes
                 case Pong():
                     pass
                 case _:

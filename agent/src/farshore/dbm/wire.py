@@ -28,10 +28,15 @@ M = TypeVar("M")
 
 def frame(message: object) -> bytes:
     """One frame that holds ``message``, a tagged struct; raises ProtocolError when it would be over MAX_FRAME."""
-    body = _encoder.encode(message)
+    body = encode(message)
     if len(body) > MAX_FRAME:
         raise ProtocolError("this node", f"a frame of {len(body)} bytes is over {MAX_FRAME}")
     return _LENGTH.pack(len(body)) + body
+
+
+def encode(message: object) -> bytes:
+    """The body of a frame that holds ``message``, however long it is."""
+    return _encoder.encode(message)
 
 
 class Codec(Generic[M]):

@@ -14,6 +14,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 
 from farshore.errors import UnsafePath
+from farshore.fmm.attributes import is_replicated
 from farshore.fmm.patterns import Filter
 from farshore.fmm.types import FileKind, Observed
 
@@ -35,17 +36,6 @@ _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 #: The path is not there: nothing, or something else than a directory, lies where a name should.
 #: ELOOP and ENOTDIR are what O_NOFOLLOW answers where a symlink took a directory's place.
 ABSENT = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP})
-
-#: The extended attributes that belong to a file's meaning. Left out: ``security.selinux`` and other
-#: labels (each host computes its own), ``trusted.*`` (overlayfs and the like keep their inner state
-#: there), ``system.nfs4_acl`` and other views that a filesystem computes.
-_XATTRS = frozenset({"system.posix_acl_access", "system.posix_acl_default", "security.capability"})
-_XATTR_SPACE = "user."
-
-
-def is_replicated_xattr(name: bytes) -> bool:
-    """True for the extended attributes that are observed, and so kept on the replica."""
-    return name.startswith(_XATTR_SPACE.encode()) or os.fsdecode(name) in _XATTRS
 
 
 def open_beneath(root: bytes | int, path: bytes, flags: int) -> int:
@@ -287,14 +277,13 @@ def _observe_in(
 
 def _describe(fd: int, root: int, path: bytes) -> Observed:
     status = os.fstat(fd)
-    is_link = stat.S_ISLNK(status.st_mode)
-    # The kernel allows none of the attributes that we keep on a symlink.
-    xattrs = () if is_link else _xattrs(b"/proc/self/fd/%d" % fd)
-    return _observed(status, root, path, os.readlink(b"", dir_fd=fd) if is_link else None, xattrs)
+    target = os.readlink(b"", dir_fd=fd) if stat.S_ISLNK(status.st_mode) else None
+    # What such a path leads to is the object itself, also where that is a symlink.
+    return _observed(status, root, path, target, _xattrs(b"/proc/self/fd/%d" % fd))
 
 
 def _observed(
-    status: os.stat_result, root: int, path: bytes, target: bytes | None, xattrs: tuple[tuple[bytes, bytes], ...]
+    status: os.stat_result, root: int, path: bytes, target: bytes | None, xattrs: tuple[tuple[bytes, bytes], ...] | None
 ) -> Observed:
     return Observed(
         root=root,
@@ -313,7 +302,8 @@ def _observed(
         rdev=status.st_rdev,
         blocks=status.st_blocks,
         target=target,
-        xattrs=xattrs,
+        xattrs=xattrs or (),
+        unlisted=xattrs is None,
     )
 
 
@@ -322,21 +312,25 @@ def kind_of(status: os.stat_result) -> FileKind:
     return _KINDS[stat.S_IFMT(status.st_mode)]
 
 
-def _xattrs(handle: bytes | int) -> tuple[tuple[bytes, bytes], ...]:
+def _xattrs(handle: bytes | int) -> tuple[tuple[bytes, bytes], ...] | None:
+    """The attributes that are replicated, sorted by name; None when they are more than the kernel can list."""
     try:
         names = os.listxattr(handle)
     except OSError as error:
         if error.errno == errno.ENOTSUP:
             return ()
+        if error.errno in (errno.E2BIG, errno.ERANGE):
+            return None
         raise
     if not names:
         return ()
     found = []
-    for name in names:
-        if not (name.startswith(_XATTR_SPACE) or name in _XATTRS):
+    for each in names:
+        name = os.fsencode(each)
+        if not is_replicated(name):
             continue
         try:
-            found.append((os.fsencode(name), os.getxattr(handle, name)))
+            found.append((name, os.getxattr(handle, name)))
         except OSError as error:
             if error.errno not in (errno.ENODATA, errno.ENOTSUP):
                 raise

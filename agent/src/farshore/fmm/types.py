@@ -70,7 +70,7 @@ class Observed(msgspec.Struct, frozen=True, gc=False):
 
     Times are nanoseconds since the epoch, ``mode`` holds the permission bits only (07777),
     ``blocks`` counts 512-byte units, ``xattrs`` is sorted by name and includes POSIX ACLs
-    (``system.posix_acl_access`` and ``_default``).
+    (``system.posix_acl_access`` and ``_default``). ``unlisted``: there are more attributes than the kernel can list.
     """
 
     root: int
@@ -90,6 +90,7 @@ class Observed(msgspec.Struct, frozen=True, gc=False):
     blocks: int
     target: bytes | None
     xattrs: tuple[tuple[bytes, bytes], ...]
+    unlisted: bool = False
 
 
 class Watcher(Protocol):

@@ -238,9 +238,10 @@ def read_blocks(handle: int, check: Callable[[], None]) -> Iterator[bytes]:
 
 def room(handle: int, sparse: bool) -> int:
     """How many bytes the content of a file on this filesystem may have: more does not fit or makes no sense."""
-    if sparse:
-        return 1 << 50
     status = os.fstatvfs(handle)
+    if sparse or not status.f_blocks:
+        # The latter where the filesystem knows no size of its own: ramfs, tmpfs without a limit, some of FUSE's.
+        return 1 << 50
     return status.f_frsize * status.f_blocks
 
 

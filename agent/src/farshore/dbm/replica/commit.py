@@ -35,6 +35,7 @@ from farshore import delta, durable
 from farshore.config import History as Retention
 from farshore.dbm import wire
 from farshore.dbm.messages import (
+    Cause,
     Copy,
     Entry,
     Link,
@@ -51,6 +52,7 @@ from farshore.dbm.messages import (
     SetMeta,
 )
 from farshore.dbm.messages import Partial as PartialUpload
+from farshore.dbm.owners import Owners
 from farshore.dbm.reading import CheckedReader
 from farshore.dbm.replica.brake import Hold
 from farshore.dbm.replica.contents import Content, Inline, Opened
@@ -66,6 +68,7 @@ from farshore.dbm.replica.tree import BaseUnknown, Tree, exists
 from farshore.dbm.replica.undo import Kept, Moved, Slicer, Todo, WasDirectory, WasMeta, steps
 from farshore.dbm.replica.upload import Interrupted, Upload
 from farshore.dbm.replica.view import View
+from farshore.dbm.unkept import Unkept
 from farshore.errors import FarshoreError, ProtocolError, StateError, UnsafePath
 from farshore.fmm.types import FileKind, Root
 from farshore.log import Log
@@ -150,8 +153,8 @@ class _Waiting:
 class Listener:
     """Whoever wants to know what becomes of accepted transactions; called in the applier's thread."""
 
-    def applied(self, seq: int, problems: list[str], stalled: str) -> None:
-        """All up to ``seq`` is applied; ``problems`` names metadata that could not be kept.
+    def applied(self, seq: int, stalled: str) -> None:
+        """All up to ``seq`` is applied.
 
         ``stalled`` says why nothing else is applied at the moment, "" if nothing stands in the way.
         """
@@ -174,11 +177,17 @@ class Applier:
         retention: Retention | None = None,
         now_ns: Callable[[], int] = time.time_ns,
         guard: Guard | None = None,
+        unkept: Unkept | None = None,
+        owners: Owners | None = None,
     ) -> None:
         self.state = state
         self.roots = [root for _, root in roots]
         self.names = [name for name, _ in roots]
-        self.trees = [Tree(root.path, root) for _, root in roots]
+        #: Metadata that could not be kept.
+        self.unkept = Unkept() if unkept is None else unkept
+        #: Where owners go by name: how, else None.
+        self.owners = owners
+        self.trees = [Tree(root.path, root, self.unkept) for _, root in roots]
         self._now_ns = now_ns
         #: Asked before each transaction is applied; None: nobody is.
         self.guard = guard
@@ -211,6 +220,8 @@ class Applier:
         )
         self._journal.found.clear()
         self._in_memory = 0
+        #: Transactions up to here were staged by an earlier process: what it could not keep of them is not known.
+        self._inherited = self._journal.last
         self._backlog = sum(each.place.length for each in self._waiting)
         self._calls: deque[tuple[int, Callable[[], None]]] = deque()
         self._told_at = 0.0
@@ -300,6 +311,7 @@ class Applier:
         """A connection has ended, and its threads."""
         for stage in self.stages:
             stage.rest(leave=True)
+        self.store_unkept()
         self._end()
 
     def keep_aside(self, directory: Path | None, judge: Callable[[int, bytes, os.stat_result], bool]) -> None:
@@ -329,6 +341,36 @@ class Applier:
         if not 0 <= root < len(self.trees):
             raise ProtocolError("the source", f"root {root} of {len(self.trees)}")
         return self.trees[root]
+
+    def place(self, root: int, path: bytes) -> bytes:
+        """Where a path of root number ``root`` is."""
+        return self.trees[root].full(path)
+
+    def unkept_version(self) -> int:
+        """Grows when something changes in what ``unkept_causes`` tells."""
+        return self.unkept.version + (self.owners.unkept.version if self.owners is not None else 0)
+
+    def unkept_causes(self) -> list[Cause]:
+        """All metadata that is not kept, owners without an account included."""
+        return self.unkept.causes() + (self.owners.unkept.causes() if self.owners is not None else [])
+
+    def begin_unkept_round(self) -> None:
+        """A full comparison begins."""
+        self.unkept.begin_round()
+        if self.owners is not None:
+            self.owners.unkept.begin_round()
+
+    def end_unkept_round(self) -> None:
+        """All was compared."""
+        self.unkept.end_round()
+        if self.owners is not None:
+            self.owners.unkept.end_round()
+
+    def store_unkept(self) -> None:
+        """Write down what is not kept."""
+        self.unkept.store()
+        if self.owners is not None:
+            self.owners.unkept.store()
 
     # --- reading
 
@@ -481,6 +523,9 @@ class Applier:
         places |= {tree.root for tree in self.trees if os.path.isdir(tree.root)}
         for place in places:
             status = os.statvfs(place)
+            if not status.f_blocks:
+                # It knows no size of its own, see ``build.room``.
+                continue
             reserve = reserve_of(status)
             if size <= _SMALL_BYTES:
                 # What removes files must still come through.
@@ -596,6 +641,7 @@ class Applier:
         """The source has sent everything, and all of it is applied."""
         self._settle_doubts()
         self.drop_suspended()
+        self.end_unkept_round()
         if self.guard is not None:
             self.guard.in_step()
 
@@ -762,7 +808,7 @@ class Applier:
             tree.restore()
         held = self.held
         why = self.stalled or ("" if held is None else f"{held.state}: {held.reason}")
-        self.listener.applied(self._position.seq, self._problems(), why)
+        self.listener.applied(self._position.seq, why)
 
     def _call(self) -> None:
         """Tell those who wait for what is applied."""
@@ -868,7 +914,7 @@ class Applier:
         pin: Staged | None = None
         if isinstance(operation, Link):
             pin = self._pin(todo, operation.to)
-            if not path and tree.is_link(pin):
+            if not path and tree.is_link(pin, operation.to):
                 raise UnsafePath(path, "a root's place is not for a symbolic link")
         self._make_way(todo, path, leave=not isinstance(operation, MakeDir))
         match operation:
@@ -891,10 +937,9 @@ class Applier:
             case MakeNode(meta=meta, kind=kind, rdev=rdev):
                 with self._named(stage) as staged:
                     tree.make_node(staged, path, meta, FileKind(kind), rdev)
-            case Link():
-                assert pin is not None
+            case Link(to=to):
                 with self._named(stage) as staged:
-                    tree.link(pin, staged, path)
+                    tree.link(pin, staged, path, to)
             case _:
                 raise AssertionError(f"{type(operation).__name__} {number}")
 
@@ -943,7 +988,10 @@ class Applier:
             self._make_way(todo, operation.to, leave=False)
             tree.move(operation.path, operation.to)
             return
-        pin = self._pin(todo, operation.path)
+        pin = None if self._was_alone(todo) else self._pin(todo, operation.path)
+        if pin is None:
+            self._move_alone(todo, operation)
+            return
         if todo.again:
             tree.make_parents(operation.to)
         self._make_way(todo, operation.to, leave=True)
@@ -951,17 +999,45 @@ class Applier:
             tree.move(operation.path, operation.to)
             return
         with self._named(self.stages[operation.root]) as staged:
-            tree.link(pin, staged, operation.to)
+            tree.link(pin, staged, operation.to, operation.path)
         tree.clear(operation.path, directories=False)
 
-    def _pin(self, todo: Todo, path: bytes) -> Staged:
-        """A name of the file at ``path`` that stays until the trees are synced, so that this can be done again."""
+    def _is_marked(self, todo: Todo) -> bool:
+        """Whether the trees were synced just before an operation, for it moves something that is known by its inode."""
+        at = self._mark.position
+        return (at.seq, at.operations) == (todo.seq - 1, todo.number) and at.inode != 0
+
+    def _was_alone(self, todo: Todo) -> bool:
+        """Whether a file was moved without a pin before."""
+        return todo.again and not self._is_barrier(todo) and self._is_marked(todo)
+
+    def _move_alone(self, todo: Todo, operation: Move) -> None:
+        """Move a file that can have no further name: as with a directory, nothing before that is done again."""
+        tree = self.trees[operation.root]
+        there = tree.status(operation.path)
+        if self._was_alone(todo):
+            at = self._mark.position
+            if there is None or (there.st_dev, there.st_ino) != (at.device, at.inode):
+                return
+        elif there is not None:
+            self._sync(Position(todo.seq - 1, todo.number, there.st_dev, there.st_ino))
+        if todo.again:
+            tree.make_parents(operation.to)
+        self._make_way(todo, operation.to, leave=True)
+        tree.move(operation.path, operation.to)
+
+    def _pin(self, todo: Todo, path: bytes) -> Staged | None:
+        """A name of the file at ``path`` that stays until the trees are synced, so that this can be done again.
+
+        None when the file can have no further name.
+        """
         root = todo.operation.root
         pin = self.stages[root].fixed(b"p%x.%x" % (todo.seq, todo.number))
         if (root, path) in self._redone:
             # The file that has the name of old is not the one that stands there since it was made anew.
             self.stages[root].release(pin.name)
-        self.trees[root].pin(path, pin)
+        if not self.trees[root].pin(path, pin):
+            return None
         self._to_release.append((root, pin.name))
         return pin
 
@@ -979,6 +1055,8 @@ class Applier:
                 tree.clear(path, directories=False)
         elif any(isinstance(entry, WasDirectory) for entry in todo.undo):
             self._make_way(todo, path, leave=False)
+        elif not todo.again:
+            tree.forget(path)
 
     @staticmethod
     def _fill(handle: int, tree: Tree, stage: Stage, meta: Meta, data: bytes) -> None:
@@ -1003,8 +1081,8 @@ class Applier:
                 except FileNotFoundError:
                     raise BaseUnknown(path, "its content is not in the stage any more") from None
                 tree.put(staged, path, meta)
-        if todo.again:
-            # It may have what a later operation gave it.
+        if todo.again or todo.seq <= self._inherited:
+            # It may have what a later operation gave it; and what could not be kept is to be known.
             tree.set_meta(path, meta)
         self._to_release.append((todo.operation.root, source.name))
         placed = tree.status(path)
@@ -1082,14 +1160,6 @@ class Applier:
                 mark.move(Position(int(_NUMBER.unpack(data[: _NUMBER.size])[0])))
             old.unlink()
         return mark
-
-    def _problems(self) -> list[str]:
-        texts: list[str] = []
-        for tree in self.trees:
-            # Staging may note one at this moment.
-            problems, tree.problems = tree.problems, {}
-            texts += problems
-        return texts
 
     def _end(self) -> None:
         for tree in self.trees:

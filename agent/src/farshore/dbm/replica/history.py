@@ -37,6 +37,8 @@ RESERVE_BYTES = 64 << 20
 RESERVE_SHARE = 20
 _HOUR, _DAY = 3600, 86_400
 _BLOCK = 512
+#: The size of a filesystem that knows none of its own.
+_ANY = 1 << 50
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Step] = msgspec.msgpack.Decoder(Step)
 
@@ -314,14 +316,14 @@ class History:
         for stage in self._stages:
             with contextlib.suppress(OSError, StateError):
                 status = os.statvfs(stage.place())
-                sizes.append(status.f_blocks * status.f_frsize)
+                sizes.append(status.f_blocks * status.f_frsize or _ANY)
         return self._retention.space_of(min(sizes, default=0))
 
     def _is_short(self) -> bool:
         for stage in self._stages:
             with contextlib.suppress(OSError, StateError):
                 status = os.statvfs(stage.place())
-                if status.f_bavail * status.f_frsize < 2 * reserve_of(status):
+                if status.f_blocks and status.f_bavail * status.f_frsize < 2 * reserve_of(status):
                     return True
         return False
 

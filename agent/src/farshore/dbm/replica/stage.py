@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from farshore.dbm.replica.paths import PREFIX
 from farshore.errors import StateError
-from farshore.fmm import scanner
+from farshore.fmm.attributes import is_replicated
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -319,7 +319,7 @@ def _birth(directory: int, name: bytes) -> Birth:
     try:
         status = os.fstat(handle)
         try:
-            attributes = any(scanner.is_replicated_xattr(os.fsencode(each)) for each in os.listxattr(handle))
+            attributes = any(is_replicated(os.fsencode(each)) for each in os.listxattr(handle))
         except OSError:
             attributes = False
     finally:

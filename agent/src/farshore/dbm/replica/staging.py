@@ -15,6 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from farshore import delta
+from farshore.dbm import wire
 from farshore.dbm.messages import (
     Ack,
     Begin,
@@ -25,11 +26,13 @@ from farshore.dbm.messages import (
     MakeSymlink,
     Move,
     Nak,
+    Names,
     Operation,
     Patch,
     Put,
     Remove,
 )
+from farshore.dbm.owners import Arriving
 from farshore.dbm.replica.build import Building, copy_file
 from farshore.dbm.replica.commit import Applier, Transaction, refusal
 from farshore.dbm.replica.intake import Inbox, Interrupted, Switch
@@ -56,7 +59,7 @@ _NODES = (FileKind.FIFO, FileKind.CHARACTER_DEVICE, FileKind.BLOCK_DEVICE)
 
 #: A call: what is to be done once all before it is applied. An Upload: it is to be opened. A tuple: an operation, as it
 #: is and as it came, with the upload that a Patch puts into place.
-Item = Begin | Commit | Upload | tuple[Operation, bytes, Upload | None] | Callable[[], None]
+Item = Begin | Commit | Names | Upload | tuple[Operation, bytes, Upload | None] | Callable[[], None]
 
 
 class _Refused(Exception):
@@ -91,6 +94,7 @@ class Stager:
         self._check_epoch = check_epoch
         self._deliver = deliver
         self._fail = fail
+        self._owners = Arriving(applier.owners, applier.place)
         self._thread = threading.Thread(target=self._run, name="staging", daemon=True)
         self._open: Transaction | None = None
         self._last_seq = 0
@@ -152,6 +156,8 @@ class Stager:
                 self._begin(item)
             elif isinstance(item, Upload):
                 self._open_upload(item)
+            elif isinstance(item, Names):
+                self._owners.learn(item)
             else:
                 self._hand_over()
                 self._applier.when_applied(item)
@@ -198,6 +204,10 @@ class Stager:
         _check_numbers(operation)
         try:
             _check_paths(operation)
+            translated = self._owners.translated(operation)
+            if translated is not operation:
+                # What is written down is done again after a crash, when nobody tells whom the source's numbers mean.
+                operation, body = translated, wire.encode(translated)
             staged = self._stage(operation, upload)
         except (_Refused, Interrupted, ProtocolError):
             raise
@@ -375,6 +385,7 @@ class Stager:
                 self._check_epoch(epoch)
             if self._applier.interrupted.is_set():
                 raise Interrupted
+            self._owners.store()
             self._applier.accept(batch)
         except BaseException as error:
             self._worker.submit(self._applier.abandon, batch)

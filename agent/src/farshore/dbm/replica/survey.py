@@ -29,6 +29,7 @@ from farshore.dbm.messages import (
     Surveyed,
     WantDigests,
 )
+from farshore.dbm.owners import Leaving
 from farshore.dbm.replica import paths
 from farshore.dbm.replica.commit import Applier
 from farshore.dbm.replica.intake import Interrupted
@@ -65,6 +66,10 @@ class Surveys:
         self._roots = [
             Root(tree.root, root.include, root.exclude) for tree, root in zip(applier.trees, applier.roots, strict=True)
         ]
+        self._owners = applier.owners
+        self._place = applier.place
+        # In the thread: whom the source was told of.
+        self._leaving = Leaving(applier.owners)
         self._path: Path = applier.state / STORE
         self._pool: ThreadPoolExecutor | None = None
         #: Ends the survey that is under way; all of them, with ``_ended``.
@@ -193,7 +198,7 @@ class Surveys:
                 self._reply(Surveyed(message.run, surveyor.paths, reader.read, False, [], ""))
 
         reader.on_step = check
-        disk = Disk(self._roots, reader, message.contents)
+        disk = Disk(self._roots, reader, message.contents, self._owners)
         surveyor = self._surveyor = Surveyor(disk, len(self._roots), store, digests.UNKNOWN_THERE, check)
         roots = surveyor.survey()
         reader.on_step = budget.check
@@ -242,13 +247,18 @@ class Surveys:
                 entry = self._entry(*opened.pop())
                 cost = len(entry.path) + sum(len(name) + len(value) for name, value in entry.meta.xattrs) + 200
                 if part and size + cost > _PART_BYTES:
-                    self._reply(Seen(number, part, self._read(), False))
+                    self._tell_seen(number, part, False)
                     part, size = [], 0
                 part.append(entry)
                 size += cost
         finally:
             _close(opened)
-        self._reply(Seen(number, part, self._read(), True))
+        self._tell_seen(number, part, True)
+
+    def _tell_seen(self, number: int, part: list[Entry], last: bool) -> None:
+        for names in self._leaving.listed(part, self._place):
+            self._reply(names)
+        self._reply(Seen(number, part, self._read(), last))
 
     def _read(self) -> int:
         return self._reader.read if self._reader is not None else 0

@@ -18,11 +18,11 @@ import shutil
 import stat
 import threading
 from collections.abc import Callable, Iterator
-from functools import partial
 
 from farshore.dbm import wire
 from farshore.dbm.messages import Entry, Meta
 from farshore.dbm.reading import CheckedReader, digest_of
+from farshore.dbm.replica import metadata
 from farshore.dbm.replica.paths import (
     MAX_PATH,
     MISSING,
@@ -34,8 +34,10 @@ from farshore.dbm.replica.paths import (
     visit_tree,
 )
 from farshore.dbm.replica.stage import Birth, Staged
+from farshore.dbm.unkept import Unkept
 from farshore.errors import FarshoreError
 from farshore.fmm import scanner
+from farshore.fmm.attributes import is_replicated
 from farshore.fmm.patterns import Filter
 from farshore.fmm.types import FileKind, Root
 
@@ -44,7 +46,10 @@ _NODES = {
     FileKind.CHARACTER_DEVICE: stat.S_IFCHR,
     FileKind.BLOCK_DEVICE: stat.S_IFBLK,
 }
-_CANNOT_KEEP = (errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS)
+#: What says that a file can have no further name there: mounts, limits, filesystems without such names.
+NO_LINK = (errno.EXDEV, errno.EMLINK, errno.EPERM, errno.ENOTSUP)
+#: Staged files whose metadata could not be kept in full, and that are not placed yet, at most.
+_MOST_PENDING = 100_000
 _READ = 1 << 20
 #: Longer paths are kept aside under a short name: the system takes 4096 bytes, the place aside included.
 _LONG_PATH = 2048
@@ -75,14 +80,17 @@ class Tree:
     in a root's place here.
     """
 
-    def __init__(self, root: bytes, patterns: Root) -> None:
+    def __init__(self, root: bytes, patterns: Root, unkept: Unkept | None = None) -> None:
         self.root = root.rstrip(b"/")
         if os.path.islink(self.root) and os.path.isdir(self.root):
             self.root = os.path.realpath(self.root)
         self._filter = Filter(patterns)
         self._handles = Handles(self.root)
-        #: Metadata that could not be kept since the last look, by cause.
-        self.problems: dict[str, None] = {}
+        #: Metadata that could not be kept.
+        self.unkept = Unkept() if unkept is None else unkept
+        # Of staged files, by device and inode, until they are placed.
+        self._pending: dict[tuple[int, int], list[str]] = {}
+        self._clock = metadata.Clock()
         #: Where to keep what nobody else has, and the judge of what that is; None in the ordinary case.
         self._aside: bytes | None = None
         self._rescue: Rescue | None = None
@@ -199,13 +207,14 @@ class Tree:
                     os.link(here, name, src_dir_fd=parent, dst_dir_fd=folder, follow_symlinks=False)
                     return
                 except OSError as error:
-                    if error.errno not in (errno.EMLINK, errno.EPERM):
+                    if error.errno not in (errno.EMLINK, errno.EPERM, errno.ENOTSUP):
                         raise
             os.rename(here, name, src_dir_fd=parent, dst_dir_fd=folder)
+            self._gone(path, there)
         except OSError as error:
             if error.errno != errno.EXDEV:
                 raise _unexpected(path, error) from None
-            self.problems["what lies on a filesystem that is mounted below a protected path has no history"] = None
+            self._note_no_history(path, there)
             if not leave or stat.S_ISDIR(there.st_mode):
                 self._clear(parent, here, path, there)
 
@@ -227,6 +236,16 @@ class Tree:
             self._handles.forget()
             parent, name = self._handles.parent(path)
             os.rmdir(name, dir_fd=parent)
+        self.forget(path, below=True)
+
+    def forget(self, path: bytes, *, below: bool = False) -> None:
+        """Nothing is at ``path``, so nothing of it is not kept: a device that could not be made, for example."""
+        if self.unkept:
+            self.unkept.gone(self.full(path), below=below)
+
+    def full(self, path: bytes) -> bytes:
+        """The absolute path of ``path``."""
+        return self.root + b"/" + path if path else self.root
 
     def make_parents(self, path: bytes) -> None:
         """Make sure that ``path`` lies in a directory, whatever stands in the way of that."""
@@ -245,31 +264,42 @@ class Tree:
             parent, name = self._handles.writable_parent(check(path))
             with contextlib.suppress(FileExistsError):
                 os.mkdir(name, 0o700, dir_fd=parent)
-            self._apply_meta(parent, name, meta, FileKind.DIRECTORY)
+            self._apply_meta(parent, name, path, meta, FileKind.DIRECTORY)
             self._handles.settled(path)
 
     def prepare(self, handle: int, meta: Meta, birth: Birth | None = None) -> None:
         """Give a staged file its metadata before it gets its name; ``birth``: it is as it was created for ``meta``."""
-        if birth is None or (birth.uid, birth.gid) != (meta.uid, meta.gid):
-            self._keep("owner", lambda: os.fchown(handle, meta.uid, meta.gid))
-            os.fchmod(handle, meta.mode)
-        elif meta.mode & ~birth.permissions or birth.attributes:
-            os.fchmod(handle, meta.mode)
-        if meta.xattrs or birth is None or birth.attributes:
-            self._apply_xattrs(f"/proc/self/fd/{handle}".encode(), meta, follow=True)
-        os.utime(handle, ns=(meta.atime_ns, meta.mtime_ns))
+        causes: list[str] = []
+        owner = mode = None
+        if birth is not None:
+            owner = birth.uid, birth.gid
+            mode = None if birth.attributes else meta.mode & birth.permissions
+        bare = birth is not None and not birth.attributes
+        metadata.give(handle, meta, causes.append, self._clock, owner=owner, mode=mode, bare=bare)
+        if causes or self._pending:
+            self._await_place(os.fstat(handle), causes)
+
+    def _await_place(self, status: os.stat_result, causes: list[str]) -> None:
+        """What could not be kept of something that is staged is known by its path only when it is placed."""
+        self._pending.pop((status.st_dev, status.st_ino), None)
+        if causes and len(self._pending) < _MOST_PENDING:
+            self._pending[status.st_dev, status.st_ino] = causes
 
     def put(self, staged: Staged, path: bytes, meta: Meta) -> None:
         """Rename what was staged and prepared with ``meta`` to its name; what was there, no directory, is gone."""
         try:
             parent, name = self._handles.writable_parent(path)
+            if self._pending or self.unkept:
+                self._settle_placed(staged, path)
             try:
                 os.rename(staged.name, name, src_dir_fd=staged.directory, dst_dir_fd=parent)
             except OSError as error:
                 if error.errno != errno.EXDEV:
                     raise
                 # Another filesystem is mounted somewhere below the root.
-                self._put_copy(staged, parent, name, meta)
+                self._copy_beside(staged, parent, name, path, meta)
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(staged.name, dir_fd=staged.directory)
             if self._rescue is not None:
                 placed = os.stat(name, dir_fd=parent, follow_symlinks=False)
                 self._placed.add((placed.st_dev, placed.st_ino))
@@ -279,7 +309,7 @@ class Tree:
     def make_symlink(self, staged: Staged, path: bytes, meta: Meta, target: bytes) -> None:
         """Put a symbolic link at ``path``, by the free name ``staged``; its target is data and is never followed."""
         os.symlink(target, staged.name, dir_fd=staged.directory)
-        self._apply_meta(staged.directory, staged.name, meta, FileKind.SYMLINK)
+        self._prepare_name(staged, meta, FileKind.SYMLINK)
         self.put(staged, path, meta)
 
     def make_node(self, staged: Staged, path: bytes, meta: Meta, kind: FileKind, rdev: int) -> None:
@@ -289,27 +319,65 @@ class Tree:
         try:
             os.mknod(staged.name, _NODES[kind] | 0o600, device=rdev, dir_fd=staged.directory)
         except PermissionError:
-            self.problems[f"{kind.name.lower().replace('_', ' ')}: not permitted to make one"] = None
+            if path:
+                self.clear(path, directories=False)
+            self.unkept.settle(
+                self.full(path), [f"{kind.name.lower().replace('_', ' ')} cannot be made: not permitted"]
+            )
             return
-        self._apply_meta(staged.directory, staged.name, meta, kind)
+        self._prepare_name(staged, meta, kind)
         self.put(staged, path, meta)
 
-    def pin(self, path: bytes, pin: Staged) -> None:
-        """Give the file at ``path`` the name ``pin``, if nothing has it yet; raises BaseUnknown when there is none."""
+    def pin(self, path: bytes, pin: Staged) -> bool:
+        """Give the file at ``path`` the name ``pin``, if nothing has it yet; raises BaseUnknown when there is none.
+
+        False when the file can have no further name there.
+        """
         if _lstat(pin.directory, pin.name) is not None:
-            return
+            return True
         with self._expecting(path):
             parent, name = self._handles.writable_parent(check(path))
-            os.link(name, pin.name, src_dir_fd=parent, dst_dir_fd=pin.directory, follow_symlinks=False)
+            try:
+                _link(Staged(parent, name), pin)
+            except OSError as error:
+                if error.errno not in NO_LINK or stat.S_ISDIR(os.lstat(name, dir_fd=parent).st_mode):
+                    raise
+                return False
+        return True
 
-    def link(self, pin: Staged, staged: Staged, path: bytes) -> None:
-        """Make ``path`` another name of the file that ``pin`` names, by the free name ``staged``."""
-        if self.is_at(path, pin):
+    def link(self, pin: Staged | None, staged: Staged, path: bytes, to: bytes) -> None:
+        """Make ``path`` another name of the file at ``to``, by the free name ``staged``.
+
+        ``pin`` names that file, too; None when it can have no further name there. Then, or when it can have none at
+        ``path``, that becomes a copy, which is told.
+        """
+        source = pin
+        if source is None:
+            with self._expecting(to):
+                self._handles.writable_parent(check(to))
+                source = Staged(*self._handles.parent(to))
+        if self.is_at(path, source):
             return
-        os.link(pin.name, staged.name, src_dir_fd=pin.directory, dst_dir_fd=staged.directory, follow_symlinks=False)
         with self._expecting(path):
-            parent, name = self._handles.writable_parent(path)
-            self._rename(staged.directory, staged.name, parent, name)
+            self._handles.writable_parent(path)
+            if pin is None:
+                source = Staged(*self._handles.parent(to))
+            parent, name = self._handles.parent(path)
+            try:
+                _link(source, staged)
+                os.rename(staged.name, name, src_dir_fd=staged.directory, dst_dir_fd=parent)
+                if self.unkept:
+                    self.unkept.linked(self.full(path), self.full(to))
+                return
+            except OSError as error:
+                if error.errno not in NO_LINK:
+                    raise
+                cause = f"hard links cannot be kept, copies are: {error.strerror}"
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(staged.name, dir_fd=staged.directory)
+            status = os.stat(source.name, dir_fd=source.directory, follow_symlinks=False)
+            self._copy_beside(source, parent, name, path, read_meta(source.directory, source.name, status))
+            self.unkept.note(self.full(path), cause)
 
     def move(self, path: bytes, to: bytes) -> None:
         """Rename ``path`` to ``to``, where no directory is."""
@@ -327,12 +395,15 @@ class Tree:
             if target is not None and (target.st_dev, target.st_ino) == (there.st_dev, there.st_ino):
                 # rename(2) between two names of one file does nothing; the old name must go.
                 os.unlink(name, dir_fd=parent)
+                self.forget(path)
                 return
             if target is not None and stat.S_ISDIR(there.st_mode):
                 os.unlink(to_name, dir_fd=to_parent)
             parent, name = self._handles.parent(path)
             to_parent, to_name = self._handles.parent(to)
             self._rename(parent, name, to_parent, to_name)
+        if self.unkept:
+            self.unkept.moved(self.full(path), self.full(to), below=stat.S_ISDIR(there.st_mode))
         self._handles.moved(path, to)
 
     def set_meta(self, path: bytes, meta: Meta) -> None:
@@ -340,7 +411,7 @@ class Tree:
         with self._expecting(path):
             parent, name = self._handles.parent(check(path))
             there = os.stat(name, dir_fd=parent, follow_symlinks=False)
-            self._apply_meta(parent, name, meta, _kind(there.st_mode))
+            self._apply_meta(parent, name, path, meta, _kind(there.st_mode))
             self._handles.settled(path)
 
     def restore(self) -> None:
@@ -373,34 +444,36 @@ class Tree:
         there, other = self.status(path), _lstat(staged.directory, staged.name)
         return there is not None and other is not None and (there.st_dev, there.st_ino) == (other.st_dev, other.st_ino)
 
-    @staticmethod
-    def is_link(pin: Staged) -> bool:
-        """Whether a pin is one of a symbolic link."""
-        return stat.S_ISLNK(os.stat(pin.name, dir_fd=pin.directory, follow_symlinks=False).st_mode)
+    def is_link(self, pin: Staged | None, path: bytes) -> bool:
+        """Whether what ``pin`` names, or without one what is at ``path``, is a symbolic link."""
+        there = self.status(path) if pin is None else _lstat(pin.directory, pin.name)
+        return there is not None and stat.S_ISLNK(there.st_mode)
 
-    def _put_copy(self, staged: Staged, parent: int, name: bytes, meta: Meta) -> None:
-        """Copy what is staged beside ``name``, and rename that."""
-        there = os.stat(staged.name, dir_fd=staged.directory, follow_symlinks=False)
+    def _copy_beside(self, source: Staged, parent: int, name: bytes, path: bytes, meta: Meta) -> None:
+        """Copy ``source``, with ``meta``, beside ``name``, the place of ``path``, and rename the copy to that."""
+        there = os.stat(source.name, dir_fd=source.directory, follow_symlinks=False)
         temporary = PREFIX + os.urandom(8).hex().encode()
         try:
             if stat.S_ISREG(there.st_mode):
-                self._copy_content(staged, parent, temporary, meta)
+                causes = self._copy_content(source, parent, temporary, meta)
             else:
                 if stat.S_ISLNK(there.st_mode):
-                    os.symlink(os.readlink(staged.name, dir_fd=staged.directory), temporary, dir_fd=parent)
+                    os.symlink(os.readlink(source.name, dir_fd=source.directory), temporary, dir_fd=parent)
                 else:
                     os.mknod(temporary, there.st_mode, device=there.st_rdev, dir_fd=parent)
-                self._apply_meta(parent, temporary, meta, _kind(there.st_mode))
+                causes = self._give(parent, temporary, meta, _kind(there.st_mode))[0]
             os.rename(temporary, name, src_dir_fd=parent, dst_dir_fd=parent)
         except BaseException:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(temporary, dir_fd=parent)
             raise
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(staged.name, dir_fd=staged.directory)
+        if causes or self.unkept:
+            self.unkept.settle(self.full(path), causes)
 
-    def _copy_content(self, staged: Staged, parent: int, name: bytes, meta: Meta) -> None:
-        source = os.open(staged.name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=staged.directory)
+    def _copy_content(self, copied: Staged, parent: int, name: bytes, meta: Meta) -> list[str]:
+        """Returns why some of ``meta`` could not be kept."""
+        causes: list[str] = []
+        source = os.open(copied.name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=copied.directory)
         with os.fdopen(source, "rb") as reader:
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
             target = os.open(name, flags, 0o600, dir_fd=parent)
@@ -413,8 +486,12 @@ class Tree:
                     else:
                         writer.write(block)
                 writer.truncate()
-                self.prepare(target, meta)
+                device = os.fstat(target).st_dev
+                metadata.give(
+                    target, meta, causes.append, self._clock, owner=None, mode=None, bare=False, device=device
+                )
                 os.fsync(target)
+        return causes
 
     def _rename(self, parent: int, name: bytes, to_parent: int, to_name: bytes) -> None:
         try:
@@ -427,6 +504,7 @@ class Tree:
 
     def _clear(self, parent: int, name: bytes, path: bytes, there: os.stat_result) -> None:
         """Remove what is there; nothing of it is kept."""
+        self._gone(path, there)
         if stat.S_ISDIR(there.st_mode):
             self._handles.forget()
             parent, name = self._handles.parent(path)
@@ -492,57 +570,70 @@ class Tree:
                 return None
         raise AssertionError("unreachable")
 
-    def _apply_meta(self, parent: int, name: bytes, meta: Meta, kind: FileKind) -> None:
-        """Change what differs: a change that changes nothing would cost a write of the inode all the same."""
+    def _apply_meta(self, parent: int, name: bytes, path: bytes, meta: Meta, kind: FileKind) -> None:
+        """Give what stands at ``path`` this metadata."""
+        causes = self._give(parent, name, meta, kind)[0]
+        if causes or self.unkept:
+            self.unkept.settle(self.full(path), causes)
+
+    def _prepare_name(self, staged: Staged, meta: Meta, kind: FileKind) -> None:
+        """As ``prepare``, for what is no regular file."""
+        causes, status = self._give(staged.directory, staged.name, meta, kind)
+        if causes or self._pending:
+            self._await_place(status, causes)
+
+    def _give(self, parent: int, name: bytes, meta: Meta, kind: FileKind) -> tuple[list[str], os.stat_result]:
+        """Change what differs: a change that changes nothing would cost a write of the inode all the same.
+
+        Returns why some of it could not be kept, and what it was before.
+        """
         handle = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
         try:
             there = os.fstat(handle)
             link = stat.S_ISLNK(there.st_mode)
             if link is not (kind is FileKind.SYMLINK):
                 raise BaseUnknown(name, "it has become a symbolic link" if link else "it is no symbolic link any more")
-            owned = (there.st_uid, there.st_gid) == (meta.uid, meta.gid)
-            if not owned:
-                self._keep("owner", lambda: os.chown(name, meta.uid, meta.gid, dir_fd=parent, follow_symlinks=False))
-            if link:
-                self._apply_xattrs(f"/proc/self/fd/{parent}/".encode() + name, meta, follow=False)
-            else:
-                # fchmod(2) takes no O_PATH descriptor, and chmod would follow what takes the name's place.
-                where = f"/proc/self/fd/{handle}".encode()
-                if not owned or stat.S_IMODE(there.st_mode) != meta.mode:
-                    os.chmod(where, meta.mode)
-                self._apply_xattrs(where, meta, follow=True)
+            causes: list[str] = []
+            metadata.give(
+                # Most calls take no O_PATH descriptor; this leads to what it stands for, a link itself included.
+                b"/proc/self/fd/%d" % handle,
+                meta,
+                causes.append,
+                self._clock,
+                owner=(there.st_uid, there.st_gid),
+                mode=stat.S_IMODE(there.st_mode),
+                bare=False,
+                link=link,
+                device=there.st_dev,
+            )
         finally:
             os.close(handle)
-        os.utime(name, ns=(meta.atime_ns, meta.mtime_ns), dir_fd=parent, follow_symlinks=False)
+        return causes, there
 
-    def _apply_xattrs(self, where: bytes, meta: Meta, follow: bool) -> None:
-        try:
-            there = {os.fsencode(name) for name in os.listxattr(where, follow_symlinks=follow)}
-        except OSError:
-            there = set()
-        wanted = dict(meta.xattrs)
-        for name in there - set(wanted):
-            if scanner.is_replicated_xattr(name):
-                self._keep(_namespace(name), partial(os.removexattr, where, name, follow_symlinks=follow))
-        for name, value in wanted.items():
-            if scanner.is_replicated_xattr(name):
-                self._keep(_namespace(name), partial(os.setxattr, where, name, value, follow_symlinks=follow))
-            else:
-                # The labels and the inner state of other systems are not a peer's to set.
-                self.problems["xattr cannot be kept here: it is none of those that are replicated"] = None
+    def _settle_placed(self, staged: Staged, path: bytes) -> None:
+        """What could not be kept of a staged file is known under its path from now on."""
+        status = os.stat(staged.name, dir_fd=staged.directory, follow_symlinks=False)
+        self.unkept.settle(self.full(path), self._pending.pop((status.st_dev, status.st_ino), ()))
+
+    def _gone(self, path: bytes, there: os.stat_result) -> None:
+        self.forget(path, below=stat.S_ISDIR(there.st_mode))
+
+    def _note_no_history(self, path: bytes, there: os.stat_result) -> None:
+        """It is on a filesystem that is mounted somewhere below the root."""
+        mount = path
+        while mount:
+            above = self.status(mount.rpartition(b"/")[0])
+            if above is None or above.st_dev != there.st_dev:
+                break
+            mount = mount.rpartition(b"/")[0]
+        # Below the mount, not of it: that it gets its metadata is no end of this.
+        text = "what lies on a filesystem that is mounted below a protected path has no history"
+        self.unkept.note(self.full(mount) + b"/", text)
 
     @staticmethod
     def _unreadable(path: bytes, error: OSError) -> None:
         # A replica that cannot be read in full must not pass for one that holds less.
         raise error
-
-    def _keep(self, what: str, change: Callable[[], None]) -> None:
-        try:
-            change()
-        except OSError as error:
-            if error.errno not in _CANNOT_KEEP:
-                raise
-            self.problems[f"{what} cannot be kept here: {error.strerror}"] = None
 
     @contextlib.contextmanager
     def _expecting(self, path: bytes) -> Iterator[None]:
@@ -581,7 +672,7 @@ def read_meta(parent: int, name: bytes, status: os.stat_result) -> Meta:
         names = []
     xattrs = []
     for each in names:
-        if scanner.is_replicated_xattr(each):
+        if is_replicated(each):
             with contextlib.suppress(OSError):
                 xattrs.append((each, os.getxattr(where, each, follow_symlinks=False)))
     return Meta(
@@ -601,8 +692,8 @@ def _lstat(parent: int, name: bytes) -> os.stat_result | None:
         return None
 
 
-def _namespace(name: bytes) -> str:
-    return "xattr " + name.split(b".", 1)[0].decode("ascii", "replace")
+def _link(there: Staged, name: Staged) -> None:
+    os.link(there.name, name.name, src_dir_fd=there.directory, dst_dir_fd=name.directory, follow_symlinks=False)
 
 
 def _kind(mode: int) -> FileKind:

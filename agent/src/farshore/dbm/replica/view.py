@@ -7,7 +7,6 @@ replica's tree, or among what the history keeps. ``copy_out`` makes files of it.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fcntl
 import os
@@ -16,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from farshore.dbm.messages import Meta
+from farshore.dbm.replica import metadata
 from farshore.dbm.replica.history import NotRemembered
 from farshore.dbm.replica.paths import PREFIX
 from farshore.dbm.replica.tree import read_meta
@@ -268,14 +268,22 @@ def _copy_data(reading: int, writing: int) -> None:
 
 def give(target: bytes, meta: Meta) -> None:
     """Give what was made its metadata; what cannot be kept here is left out."""
-    with contextlib.suppress(PermissionError):
-        os.chown(target, meta.uid, meta.gid, follow_symlinks=False)
-    if not os.path.islink(target):
-        os.chmod(target, meta.mode)
-    for name, value in meta.xattrs:
-        with contextlib.suppress(OSError):
-            os.setxattr(target, name, value, follow_symlinks=False)
-    os.utime(target, ns=(meta.atime_ns, meta.mtime_ns), follow_symlinks=False)
+    handle = os.open(target, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        there = os.fstat(handle)
+        metadata.give(
+            b"/proc/self/fd/%d" % handle,
+            meta,
+            lambda cause: None,
+            metadata.Clock(),
+            owner=(there.st_uid, there.st_gid),
+            mode=stat.S_IMODE(there.st_mode),
+            bare=False,
+            link=stat.S_ISLNK(there.st_mode),
+            device=there.st_dev,
+        )
+    finally:
+        os.close(handle)
 
 
 def _node_at(place: bytes) -> Node | None:

@@ -15,6 +15,7 @@ import msgspec
 
 from farshore.dbm.index import Known, clamp_time
 from farshore.dbm.messages import Item, Meta
+from farshore.dbm.owners import Owners
 from farshore.fmm.types import FileKind, Observed
 
 #: Bytes of a digest. 128 bits: nobody gains by two things with one digest, as both sides are ours.
@@ -30,15 +31,27 @@ _HEAD = struct.Struct(">I?")
 _DEVICES = (FileKind.CHARACTER_DEVICE, FileKind.BLOCK_DEVICE)
 
 
-def own_digest(kind: FileKind, meta: Meta, size: int, rdev: int, target: bytes | None, content: bytes | None) -> bytes:
-    """The digest of what a name stands for; ``content`` is a file's, None when contents are not compared."""
+def own_digest(
+    kind: FileKind,
+    meta: Meta,
+    size: int,
+    rdev: int,
+    target: bytes | None,
+    content: bytes | None,
+    whose: tuple[object, ...] | None = None,
+) -> bytes:
+    """The digest of what a name stands for; ``content`` is a file's, None when contents are not compared.
+
+    ``whose`` is what ``Owners.whose`` says where owners go by name.
+    """
+    uid, gid, xattrs = (meta.uid, meta.gid, meta.xattrs) if whose is None else whose
     told = (
         int(kind),
         meta.mode,
-        meta.uid,
-        meta.gid,
+        uid,
+        gid,
         meta.mtime_ns,
-        meta.xattrs,
+        xattrs,
         size if kind is FileKind.FILE else 0,
         rdev if kind in _DEVICES else 0,
         target,
@@ -47,15 +60,18 @@ def own_digest(kind: FileKind, meta: Meta, size: int, rdev: int, target: bytes |
     return blake3.blake3(_encoder.encode(told)).digest(SIZE)
 
 
-def of_known(known: Known, content: bytes | None) -> bytes:
-    """The digest of what the index says that the replica has."""
+def of_known(known: Known, content: bytes | None, owners: Owners | None = None) -> bytes:
+    """The digest of what the index says that the replica has; ``owners``: they go by name."""
     meta = Meta(known.mode, known.uid, known.gid, 0, known.mtime_ns, list(known.xattrs))
-    return own_digest(known.kind, meta, known.size, known.rdev, known.target, content)
+    whose = None if owners is None else owners.whose(meta)
+    return own_digest(known.kind, meta, known.size, known.rdev, known.target, content, whose)
 
 
-def of_observed(seen: Observed, content: bytes | None) -> bytes:
-    """The digest of what was seen."""
-    return own_digest(seen.kind, meta_of(seen), seen.size, seen.rdev, seen.target, content)
+def of_observed(seen: Observed, content: bytes | None, owners: Owners | None = None) -> bytes:
+    """The digest of what was seen on the replica; ``owners``: they go by name."""
+    meta = meta_of(seen)
+    whose = None if owners is None else owners.whose(meta, listing=True)
+    return own_digest(seen.kind, meta, seen.size, seen.rdev, seen.target, content, whose)
 
 
 def meta_of(seen: Observed) -> Meta:

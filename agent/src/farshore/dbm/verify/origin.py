@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from farshore.dbm.index import IndexView, Known
+from farshore.dbm.owners import Owners
 from farshore.dbm.planner import MAX_PATH
 from farshore.dbm.replica.paths import PREFIX
 from farshore.dbm.verify import digests, judge
@@ -20,11 +21,14 @@ class Origin:
     """Lists what the index says of the replica (see ``survey.Listing``).
 
     While ``comparing``, it looks at the disk too; what is not as the index says becomes one of ``suspects``, which is
-    no more than a reason to look closely. For one thread.
+    no more than a reason to look closely. ``owners``: they go by name. For one thread.
     """
 
-    def __init__(self, view: IndexView, roots: list[Root], reader: ContentReader, contents: bool) -> None:
+    def __init__(
+        self, view: IndexView, roots: list[Root], reader: ContentReader, contents: bool, owners: Owners | None = None
+    ) -> None:
         self._view = view
+        self._owners = owners
         self._roots = roots
         self._filters = [Filter(root) for root in roots]
         self._disk = Disk(roots, reader, contents)
@@ -106,10 +110,10 @@ class Origin:
         if judge.in_doubt(known):
             return digests.UNKNOWN_HERE
         if not self._contents or known.kind is not FileKind.FILE:
-            return digests.of_known(known, None)
+            return digests.of_known(known, None, self._owners)
         if known.digest is None and content is None:
             seen, content = self.look(known.root, known.path) or (None, None)
             if seen is None or judge.source_differs(known, seen):
                 content = None
         content = known.digest or content
-        return digests.UNKNOWN_HERE if content is None else digests.of_known(known, content)
+        return digests.UNKNOWN_HERE if content is None else digests.of_known(known, content, self._owners)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from farshore.dbm.messages import Item
+from farshore.dbm.owners import Owners
 from farshore.dbm.verify import digests
 from farshore.dbm.verify.reading import ContentReader, Store
 from farshore.errors import UnsafePath
@@ -106,9 +107,13 @@ class Surveyor:
 
 
 class Disk:
-    """Lists what lies on disk below ``roots``; with ``contents``, files are read for it."""
+    """Lists what lies on disk below ``roots``; with ``contents``, files are read for it.
 
-    def __init__(self, roots: list[Root], reader: ContentReader, contents: bool) -> None:
+    ``owners``: they go by name.
+    """
+
+    def __init__(self, roots: list[Root], reader: ContentReader, contents: bool, owners: Owners | None = None) -> None:
+        self._owners = owners
         self._roots = roots
         self._filters = [Filter(root) for root in roots]
         self._reader = reader
@@ -121,7 +126,7 @@ class Disk:
             name = seen.path.rpartition(b"/")[2]
             if bucket < 0 or digests.bucket_of(name) == bucket:
                 content = self.content(seen)
-                own = digests.UNKNOWN_THERE if content == b"" else digests.of_observed(seen, content)
+                own = digests.UNKNOWN_THERE if content == b"" else digests.of_observed(seen, content, self._owners)
                 found[name] = own, seen.kind is FileKind.DIRECTORY
         return found
 

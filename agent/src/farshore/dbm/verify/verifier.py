@@ -29,6 +29,7 @@ from farshore.control.api import Drift, VerificationReport, VerificationStatus
 from farshore.dbm.bandwidth import local_now
 from farshore.dbm.index import Index, IndexView, Known
 from farshore.dbm.messages import MAX_LOOK, Digests, Entry, Item, Seen, Surveyed
+from farshore.dbm.owners import Owners
 from farshore.dbm.planner import Planner
 from farshore.dbm.verify import digests, schedule
 from farshore.dbm.verify.asking import Asking
@@ -124,13 +125,15 @@ class _Scene:
 class _Reading:
     """What goes over the source's side for one order. Made, used and closed in the thread, but for its counters."""
 
-    def __init__(self, state: FilePath, roots: list[Root], order: Order, stopped: threading.Event) -> None:
+    def __init__(
+        self, state: FilePath, roots: list[Root], order: Order, stopped: threading.Event, owners: Owners | None
+    ) -> None:
         budget = Budget(order.rate, stopped)
         budget.check()
         self._store = Store(state / _STORE, bytes.fromhex(order.run))
         self._view = IndexView(state / "index.db")
         self.reader = ContentReader(roots, self._store, budget, spare_cache=True)
-        self.origin = Origin(self._view, roots, self.reader, order.contents)
+        self.origin = Origin(self._view, roots, self.reader, order.contents, owners)
         self.surveyor = Surveyor(self.origin, len(roots), self._store, digests.UNKNOWN_HERE, budget.check)
 
     def go_over(self) -> list[bytes]:
@@ -152,7 +155,8 @@ class _Reading:
 class Verifier:
     """Verifies one group at ``epoch``: when asked, and by ``settings``. All methods are the event loop's.
 
-    ``barrier`` returns when all changes made before are marked dirty; ``may_run`` tells whether the source is watched.
+    ``barrier`` returns when all changes made before are marked dirty; ``may_run`` tells whether the source is watched;
+    ``owners``: they go by name.
     The group's state directory ``state`` keeps the last report, and an order that is not done.
     """
 
@@ -165,7 +169,9 @@ class Verifier:
         settings: Verification,
         barrier: Callable[[], Awaitable[object]],
         may_run: Callable[[], bool],
+        owners: Owners | None = None,
     ) -> None:
+        self._owners = owners
         self._group = group
         self._epoch = epoch
         self._roots = roots
@@ -390,7 +396,9 @@ class Verifier:
         stopped = self._stopped = threading.Event()
         asking = self._asking = Asking(line.send, bytes.fromhex(order.run))
         await asking.begin_survey(order.contents, order.rate)
-        reading = self._reading = await self._in_thread(_Reading, self._state, self._roots, order, stopped)
+        reading = self._reading = await self._in_thread(
+            _Reading, self._state, self._roots, order, stopped, self._owners
+        )
         ours = await self._in_thread(reading.go_over)
         theirs = await asking.surveyed(len(self._roots))
         self._phase = "comparing"
