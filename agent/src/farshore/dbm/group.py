@@ -133,11 +133,12 @@ class Group:
         self._snapshots.thread.submit(self._snapshots.recover)
         async with self._change:
             self._tending = asyncio.create_task(self._tend(), name=f"tend {self.name}")
+            if self._record.was_in_step:
+                # Whoever wrote while we were away did not ask, and what was not synced may be lost: the promise of the
+                # freeze is over.
+                self._store(replace(self._record, was_in_step=False))
             if not self.owns or self._sender is not None:
                 return
-            if self._record.was_in_step:
-                # Whoever wrote while we were away did not ask; the promise of the freeze is over.
-                self._store(replace(self._record, was_in_step=False))
             self._start_source()
             if self.config.side == "remote" and not self._record.frozen:
                 # On the backup server the units are not started at boot, so that they never run beside the owner.

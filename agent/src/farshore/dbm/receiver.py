@@ -71,6 +71,8 @@ QUEUE_BYTES = 8 << 20
 #: Answers that may wait for a source that does not read them.
 _MOST_ANSWERS = 256
 _ALIVE_SECONDS = 5.0
+#: Seconds after which a verification's question does not wait any longer for a replica that applies nothing.
+_HELD_SECONDS = 0.5
 #: Bytes of memory that a message without content counts for: a peer may send nothing but such.
 _LEAST = 100
 #: Messages that are sorted before others of the event loop have their turn, some ms: a block of 2 MiB may hold 200,000.
@@ -489,6 +491,9 @@ class _Session(Listener):
             self._outbox.put(Pong())
             return
         await self._flush()
+        if isinstance(message, Look):
+            await self._look(message)
+            return
         if not await self._settled():
             return
         if isinstance(message, ListTree):
@@ -497,7 +502,18 @@ class _Session(Listener):
             await self._send_entries(self._applier.entries(message.digests))
         elif isinstance(message, WantSignature):
             await self._send_signature(message.root, message.path)
-        elif isinstance(message, Look):
+
+    async def _look(self, message: Look) -> None:
+        """Answer when all before it is applied; while nothing is, a verification must not hold up the stream."""
+        settled = asyncio.ensure_future(self._settled())
+        try:
+            while not (await asyncio.wait({settled}, timeout=_HELD_SECONDS))[0]:
+                if self._applier.held is not None or self._applier.stalled:
+                    self._surveys.give_up("it applies nothing at the moment; see its status")
+                    return
+        finally:
+            settled.cancel()
+        if settled.result():
             (await self._work(Pong(), self._surveys.look, message))()
 
     async def _settled(self) -> bool:

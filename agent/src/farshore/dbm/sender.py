@@ -1038,7 +1038,7 @@ class Sender:
     @property
     def comparable(self) -> bool:
         """True when the index tells what the replica has, and everything that is protected is there."""
-        return self.connected and self.compared and not self.comparing and not self._absent()
+        return self.connected and self.compared and not self.comparing and not self.stalled and not self._absent()
 
     async def with_index(self, call: Callable[[Index, Planner], _T]) -> _T:
         """Have ``call`` done in the worker, with the index as it will be when all that was sent has come through."""

@@ -724,6 +724,7 @@ class Applier:
                 if known is not None:
                     todo.again, todo.undo = True, known
                 todos.append(todo)
+        self._skip_superseded(todos)
         done = iter(batch)
         at = next(done)
         try:
@@ -736,7 +737,8 @@ class Applier:
                     while todo.seq != at.seq:
                         self._finished(at)
                         at = next(done)
-                    self._apply_one(todo)
+                    if not todo.superseded:
+                        self._apply_one(todo)
                     self._position = Position(todo.seq - 1, todo.number + 1)
             while True:
                 self._finished(at)
@@ -749,6 +751,33 @@ class Applier:
         self.stalled = ""
         self._tell()
         return True
+
+    def _skip_superseded(self, todos: deque[Todo]) -> None:
+        """Of what is to be done again, leave out what a later operation has replaced already.
+
+        So a file does not show what it was long before, while the journal is applied anew.
+        """
+        #: Whether the next operation at a path has taken away what the one before put there.
+        taken: dict[tuple[int, bytes], bool] = {}
+        for todo in reversed(todos):
+            if not todo.again:
+                continue
+            operation = todo.operation
+            key = operation.root, operation.path
+            puts = isinstance(operation, (Put, Patch, Copy, MakeSymlink, MakeNode))
+            todo.superseded = puts and taken.get(key, False)
+            if isinstance(operation, SetMeta):
+                continue
+            kept = todo.kept
+            with contextlib.suppress(OSError, StateError):
+                taken[key] = (
+                    (puts or isinstance(operation, Remove))
+                    and kept is not None
+                    and kept.path == operation.path
+                    and exists(self.stages[kept.root].folder(kept.folder), kept.name)
+                )
+            if isinstance(operation, (Move, Link)):
+                taken[operation.root, operation.to] = False
 
     def _judge(self, transactions: list[Transaction]) -> int:
         """How many of the transactions may be applied: all, or those before the state in which one is held."""

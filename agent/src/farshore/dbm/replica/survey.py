@@ -117,7 +117,7 @@ class Surveys:
         except OSError as error:
             _close(opened)
             problem = f"{os.fsdecode(path)!r}: {error.strerror or error}".encode("utf-8", "backslashreplace").decode()
-            return lambda: self._give_up(problem)
+            return lambda: self.give_up(problem)
         except BaseException:
             _close(opened)
             raise
@@ -139,7 +139,7 @@ class Surveys:
             self._pool.submit(self._close)
             self._pool.shutdown(wait=False)
 
-    def _give_up(self, problem: str) -> None:
+    def give_up(self, problem: str) -> None:
         self._reply(Surveyed(self._run_name, 0, 0, True, [], problem))
 
     def _open(self, root: int, path: bytes) -> _Opened | None:
@@ -176,7 +176,7 @@ class Surveys:
         except Exception as error:
             # Whatever it is, replication must go on.
             _log.error("the survey failed", error)
-            self._give_up(str(error) or type(error).__name__)
+            self.give_up(str(error) or type(error).__name__)
         finally:
             with self._lock:
                 self._asked -= 1

@@ -103,8 +103,9 @@ class Step(msgspec.Struct, frozen=True, array_like=True):
 class Todo:
     """An operation to be applied, and what it finds.
 
-    ``again``: it may have been applied before a crash. ``directory``: the lstat of the directory that it moves, or of
-    the one that it takes away with all that is in it.
+    ``again``: it may have been applied before a crash; ``superseded``: it was, and a later operation has taken away
+    what it put there. ``directory``: the lstat of the directory that it moves, or of the one that it takes away with all
+    that is in it.
     """
 
     seq: int
@@ -116,6 +117,7 @@ class Todo:
     undo: list[Undo] = field(default_factory=list)
     again: bool = False
     directory: os.stat_result | None = None
+    superseded: bool = False
 
     @property
     def kept(self) -> Kept | None:
