@@ -104,8 +104,8 @@ class Todo:
     """An operation to be applied, and what it finds.
 
     ``again``: it may have been applied before a crash; ``superseded``: it was, and a later operation has taken away
-    what it put there. ``directory``: the lstat of the directory that it moves, or of the one that it takes away with all
-    that is in it.
+    what it put there. ``directory``: the lstat of the directory that it moves, or of the one that it takes away with
+    all that is in it.
     """
 
     seq: int
