@@ -238,7 +238,8 @@ async def test_no_path_leads_out_of_the_root(pair: Pair, path: bytes) -> None:
     before = {p: p.lstat().st_mtime_ns for p in pair.base.rglob("*") if "state" not in str(p)}
     reader, writer, answer = await stream(pair, "local", Hello(wire.PROTOCOL, "web", 1, ["/srv/www"]))
     assert isinstance(answer, Welcome)
-    await BlockWriter(writer).send([wire.frame(m) for m in (Begin(1, 1), Put(0, path, META, b"evil"), Commit(1))])
+    seq = answer.started + 1
+    await BlockWriter(writer).send([wire.frame(m) for m in (Begin(1, seq), Put(0, path, META, b"evil"), Commit(seq))])
     assert isinstance(await verdict_of(reader), Nak | None)
     assert {p: p.lstat().st_mtime_ns for p in pair.base.rglob("*") if "state" not in str(p)} == before
     writer.close()
@@ -249,12 +250,14 @@ async def test_a_symlink_made_in_the_same_transaction_is_not_followed(pair: Pair
     await in_step(pair)
     outside = pair.base / "outside"
     outside.mkdir()
-    reader, writer, _ = await stream(pair, "local", Hello(wire.PROTOCOL, "web", 1, ["/srv/www"]))
+    reader, writer, welcome = await stream(pair, "local", Hello(wire.PROTOCOL, "web", 1, ["/srv/www"]))
+    assert isinstance(welcome, Welcome)
+    seq = welcome.started + 1
     messages = (
-        Begin(1, 1),
+        Begin(1, seq),
         MakeSymlink(0, b"door", META, os.fsencode(outside)),
         Put(0, b"door/evil", META, b"evil"),
-        Commit(1),
+        Commit(seq),
     )
     await BlockWriter(writer).send([wire.frame(message) for message in messages])
     assert isinstance(await verdict_of(reader), Nak)

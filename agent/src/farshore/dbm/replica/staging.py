@@ -97,7 +97,8 @@ class Stager:
         self._owners = Arriving(applier.owners, applier.place)
         self._thread = threading.Thread(target=self._run, name="staging", daemon=True)
         self._open: Transaction | None = None
-        self._last_seq = 0
+        #: What the journal has already is no new transaction, whoever sends it.
+        self._last_seq = applier.started
         self._batch: list[Transaction] = []
         self._batch_operations = self._batch_size = 0
         self._batch_since = 0.0
