@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from farshore.cli.mirror import make_keys
-from farshore.config import Endpoint, NodeConfig, NodeGroup, NodeRef, PathConfig, Tls
+from farshore.config import BrakeConfig, Endpoint, NodeConfig, NodeGroup, NodeRef, PathConfig, Tls
 from farshore.daemons.node import Node
 
 GENEROUS = 60.0
@@ -71,6 +71,8 @@ async def running_pair(base: Path, crl: bool = False) -> AsyncIterator[Pair]:
             side=side,
             peer=NodeRef(other, "127.0.0.1", ports[other]),
             paths=(PathConfig("/srv/www", str(base / f"{side}-tree"), exclude=("*.tmp",)),),
+            # What changes in a test is most of a tree.
+            brake=BrakeConfig("off"),
         )
         listed = keys / "ca.crl" if crl else None
         tls = Tls(keys / "ca.crt", keys / f"{side}.crt", keys / f"{side}.key", listed)

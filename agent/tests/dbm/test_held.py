@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from nodes import Pair, until
 
+from farshore.config import BrakeConfig
 from farshore.dbm.group import NothingHeld
 from farshore.errors import NotInTime
 
@@ -19,7 +21,10 @@ def names(tree: Path) -> set[str]:
 
 
 async def filled(pair: Pair) -> None:
-    """A group in step, with many files."""
+    """A group in step, with many files, and the brake as it is by default."""
+    for node in (pair.local, pair.remote):
+        config: Any = node.groups["web"].config
+        object.__setattr__(config, "brake", BrakeConfig())
     for number in range(FILES):
         (pair.local_tree / f"f{number}").write_text(f"precious {number}\n" * 20)
     await pair.own("local", 1)
