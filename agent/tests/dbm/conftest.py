@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 from nodes import Mirror, Pair, running_pair
 from replicas import Replica
+
+from farshore.dbm.replica.paths import remove_tree
 
 
 @pytest.fixture
@@ -34,3 +37,11 @@ def replica(tmp_path: Path) -> Iterator[Replica]:
     made = Replica(tmp_path)
     yield made
     made.finish()
+    # What was removed is in the history, and some of that is deeper than Python's own removal can go.
+    directory = os.open(tmp_path, os.O_RDONLY)
+    try:
+        for name in (b"state", b"root"):
+            if not os.path.islink(tmp_path / os.fsdecode(name)) and os.path.isdir(tmp_path / os.fsdecode(name)):
+                remove_tree(directory, name)
+    finally:
+        os.close(directory)

@@ -84,6 +84,8 @@ BACKLOG_BYTES = 512 << 20
 CHECKPOINT_OPERATIONS = 50_000
 CHECKPOINT_BYTES = 256 << 20
 CHECKPOINT_SECONDS = 10.0
+#: Bytes of memory that a transaction without operations counts for.
+TRANSACTION_BYTES = 2000
 #: Transactions of so few bytes are taken when others find too little room.
 _SMALL_BYTES = 64 << 10
 #: Paths in doubt that are remembered one by one.
@@ -148,6 +150,11 @@ class _Waiting:
     more: bool
     place: Place
     transaction: Transaction | None
+
+    @property
+    def size(self) -> int:
+        """Bytes that it counts for: what it takes in the journal, and in memory, however little is in it."""
+        return self.place.length + TRANSACTION_BYTES
 
 
 class Listener:
@@ -222,7 +229,7 @@ class Applier:
         self._in_memory = 0
         #: Transactions up to here were staged by an earlier process: what it could not keep of them is not known.
         self._inherited = self._journal.last
-        self._backlog = sum(each.place.length for each in self._waiting)
+        self._backlog = sum(each.size for each in self._waiting)
         self._calls: deque[tuple[int, Callable[[], None]]] = deque()
         self._told_at = 0.0
         #: What was applied when it was tended last.
@@ -484,10 +491,13 @@ class Applier:
             transaction.bodies.clear()
         with self._lock:
             for transaction, place in zip(transactions, places, strict=True):
-                self._backlog += place.length
-                kept = self._in_memory + place.length <= MEMORY_BYTES
-                self._in_memory += place.length if kept else 0
-                self._waiting.append(_Waiting(transaction.seq, transaction.more, place, transaction if kept else None))
+                waiting = _Waiting(transaction.seq, transaction.more, place, transaction)
+                self._backlog += waiting.size
+                if self._in_memory + waiting.size <= MEMORY_BYTES:
+                    self._in_memory += waiting.size
+                else:
+                    waiting.transaction = None
+                self._waiting.append(waiting)
 
     def abandon(self, transactions: list[Transaction]) -> None:
         """Remove what was staged for transactions that were not accepted; complete uploads are kept."""
@@ -824,9 +834,9 @@ class Applier:
         with self._lock:
             gone = self._waiting.popleft()
             assert gone is each
-            self._backlog -= each.place.length
+            self._backlog -= each.size
             if each.transaction is not None:
-                self._in_memory -= each.place.length
+                self._in_memory -= each.size
         self._bytes += each.place.length
         if time.monotonic() - self._told_at > _TELL_SECONDS:
             self._tell()

@@ -34,7 +34,7 @@ from farshore.dbm.messages import (
 )
 from farshore.dbm.owners import Arriving
 from farshore.dbm.replica.build import Building, copy_file
-from farshore.dbm.replica.commit import Applier, Transaction, refusal
+from farshore.dbm.replica.commit import TRANSACTION_BYTES, Applier, Transaction, refusal
 from farshore.dbm.replica.intake import Inbox, Interrupted, Switch
 from farshore.dbm.replica.paths import check
 from farshore.dbm.replica.stage import Staged
@@ -51,8 +51,6 @@ MAX_METADATA = 64 << 20
 GROUP_OPERATIONS = 20_000
 GROUP_BYTES = 64 << 20
 GROUP_SECONDS = 0.2
-#: Bytes of memory that a transaction without operations counts for.
-_TRANSACTION = 1000
 #: User and group numbers are below; the last of them means nobody to chown(2).
 _ID = (1 << 32) - 1
 _NODES = (FileKind.FIFO, FileKind.CHARACTER_DEVICE, FileKind.BLOCK_DEVICE)
@@ -187,7 +185,7 @@ class Stager:
             self._batch_since = time.monotonic()
         self._batch.append(transaction)
         self._batch_operations += len(transaction.operations)
-        self._batch_size += transaction.size + _TRANSACTION
+        self._batch_size += transaction.size + TRANSACTION_BYTES
 
     def _operation(self, operation: Operation, body: bytes, upload: Upload | None) -> None:
         """Stage an operation of the open transaction; ``upload`` holds what a Patch puts into place."""
