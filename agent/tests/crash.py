@@ -31,6 +31,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ from farshore.cli.mirror import make_keys
 from farshore.config import BrakeConfig, Consistency, Endpoint, NodeConfig, NodeGroup, NodeRef, PathConfig, Tls
 from farshore.control import api, client
 from farshore.daemons import node
+from farshore.dbm import blocks
 from farshore.dbm.index import Index
 from farshore.dbm.planner import Planner
 from farshore.dbm.replica.build import Building
@@ -156,6 +158,8 @@ class Process:
             out = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
             os.dup2(out, 1)
             os.dup2(out, 2)
+            # A fork has none of the threads that the pool of its parent counts on.
+            blocks._THREADS = ThreadPoolExecutor(2, "zstd")
             work()
             code = 0
         except BaseException:
