@@ -198,12 +198,12 @@ def test_no_handle_is_lost_when_nothing_can_be_staged(replica: Replica, monkeypa
 def test_no_handle_outlives_a_transaction(replica: Replica) -> None:
     assert isinstance(replica.send(MakeDir(0, b"d", DIRECTORY), Put(0, b"d/first", FILE, b"")), Ack)
     assert isinstance(replica.send(Remove(0, b"d")), Ack)
-    before = handles()
+    before = replica.work(handles)
     for number in range(3):
         path = b"d%d" % number
         assert isinstance(replica.send(MakeDir(0, path, DIRECTORY), Put(0, path + b"/f", FILE, b"x")), Ack)
         assert isinstance(replica.send(Remove(0, path)), Ack)
-    assert handles() <= before
+    assert replica.work(handles) <= before
 
 
 @pytest.mark.parametrize(
