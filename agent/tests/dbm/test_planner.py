@@ -736,7 +736,7 @@ async def test_a_first_session_looks_at_everything(pair: Pair, monkeypatch: pyte
     while not (group._sender and group._sender.in_step):  # noqa: ASYNC110 - looked at as often as possible
         await asyncio.sleep(0.001)
     # Nothing more is sent; what the replica has accepted by now, it applies.
-    await pair.local.stop()
+    await group._stop_source()
     await until((pair.remote_tree / "b").exists, "it was sent before all was in step")
 
 
