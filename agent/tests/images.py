@@ -45,6 +45,19 @@ def filesystem(kind: str, base: Path, megabytes: int = 512, options: str = "loop
         image.unlink()
 
 
+@contextlib.contextmanager
+def filesystem_or_skip(kind: str, base: Path, megabytes: int = 512) -> Iterator[Path]:
+    """As ``filesystem``; where there can be none, the test is skipped with the reason."""
+    import pytest
+
+    with contextlib.ExitStack() as stack:
+        try:
+            where = stack.enter_context(filesystem(kind, base, megabytes))
+        except CannotMount as error:
+            pytest.skip(str(error))
+        yield where
+
+
 def _unmount(where: Path) -> None:
     """What still looks at it has a moment to end; after that it is unmounted all the same."""
     for _ in range(50):

@@ -87,7 +87,13 @@ async def running_pair(base: Path, crl: bool = False) -> AsyncIterator[Pair]:
             )
         )
 
-    made = Pair(base, node("local", "remote"), node("remote", "local"), keys)
+    async with started(Pair(base, node("local", "remote"), node("remote", "local"), keys)) as made:
+        yield made
+
+
+@contextlib.asynccontextmanager
+async def started(made: Pair) -> AsyncIterator[Pair]:
+    """Both nodes of a pair run, with a local tree that is empty."""
     made.local_tree.mkdir()
     await made.local.start(None)
     await made.remote.start(None)

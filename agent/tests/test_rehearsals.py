@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import rehearsal_postgres
 from disaster import Acknowledged, Nodes, ended
-from images import CannotMount, filesystem
+from images import filesystem_or_skip
 
 from farshore.config import Consistency
 
@@ -112,11 +112,8 @@ def counts(database: Path) -> list[int]:
 
 @pytest.fixture
 def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
-    try:
-        with filesystem(request.param, tmp_path, 1024) as where:
-            yield where
-    except CannotMount as error:
-        pytest.skip(str(error))
+    with filesystem_or_skip(request.param, tmp_path, 1024) as where:
+        yield where
 
 
 def freezing(pids: Path) -> dict[str, Any]:

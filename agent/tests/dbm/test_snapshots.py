@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from images import CannotMount, filesystem
+from images import filesystem_or_skip
 
 from farshore.config import Consistency
 from farshore.dbm import snapshots
@@ -24,11 +24,8 @@ from farshore.fmm.types import Root
 
 @pytest.fixture(scope="module")
 def disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    try:
-        with filesystem("btrfs", tmp_path_factory.mktemp("disk")) as where:
-            yield where
-    except CannotMount as error:
-        pytest.skip(str(error))
+    with filesystem_or_skip("btrfs", tmp_path_factory.mktemp("disk")) as where:
+        yield where
 
 
 @pytest.fixture
@@ -261,16 +258,13 @@ def test_a_mount_within_is_not_taken_for_empty(hooks: Hooks) -> None:
 
 def test_a_filesystem_that_cannot_is_named(hooks: Hooks, tmp_path: Path) -> None:
     hooks.tree = tmp_path / "plain"
-    try:
-        with filesystem("ext4", tmp_path, 64) as plain:
-            hooks.tree = plain
-            (plain / "a").touch()
-            with pytest.raises(SnapshotFailed, match=r"ext4 can neither take snapshots nor copy"):
-                hooks.snapshots().take()
-            with pytest.raises(SnapshotFailed, match="is not on btrfs"):
-                hooks.snapshots(snapshot="btrfs").take()
-    except CannotMount as error:
-        pytest.skip(str(error))
+    with filesystem_or_skip("ext4", tmp_path, 64) as plain:
+        hooks.tree = plain
+        (plain / "a").touch()
+        with pytest.raises(SnapshotFailed, match=r"ext4 can neither take snapshots nor copy"):
+            hooks.snapshots().take()
+        with pytest.raises(SnapshotFailed, match="is not on btrfs"):
+            hooks.snapshots(snapshot="btrfs").take()
 
 
 def test_a_path_that_is_missing_is_named(hooks: Hooks) -> None:

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from images import CannotMount, filesystem
-from nodes import Pair, free_ports, until
+from images import filesystem_or_skip
+from nodes import Pair, free_ports, started, until
 from trees import Mutator, differences
 
 from farshore.cli.mirror import make_keys
@@ -35,11 +35,8 @@ Made = Callable[..., Any]
 
 @pytest.fixture(scope="module")
 def disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    try:
-        with filesystem("btrfs", tmp_path_factory.mktemp("disk")) as where:
-            yield where
-    except CannotMount as error:
-        pytest.skip(str(error))
+    with filesystem_or_skip("btrfs", tmp_path_factory.mktemp("disk")) as where:
+        yield where
 
 
 @asynccontextmanager
@@ -61,15 +58,8 @@ async def running(base: Path, trees: Path, consistency: Consistency) -> AsyncIte
             NodeConfig(side, Endpoint("127.0.0.1", ports[side]), tls, {"web": group}, state_dir=base / f"{side}-state")
         )
 
-    made = Pair(trees, node("local", "remote"), node("remote", "local"), keys)
-    made.local_tree.mkdir()
-    await made.local.start(None)
-    await made.remote.start(None)
-    try:
+    async with started(Pair(trees, node("local", "remote"), node("remote", "local"), keys)) as made:
         yield made
-    finally:
-        await made.local.stop()
-        await made.remote.stop()
 
 
 @pytest.fixture

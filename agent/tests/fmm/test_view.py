@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from images import CannotMount, filesystem
+from images import filesystem_or_skip
 from msgspec.structs import replace
 from trees import Mutator
 
@@ -26,11 +26,8 @@ Take = Callable[[list[Root]], View]
 
 @pytest.fixture(scope="module")
 def disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    try:
-        with filesystem("btrfs", tmp_path_factory.mktemp("disk")) as where:
-            yield where
-    except CannotMount as error:
-        pytest.skip(str(error))
+    with filesystem_or_skip("btrfs", tmp_path_factory.mktemp("disk")) as where:
+        yield where
 
 
 @pytest.fixture

@@ -677,6 +677,8 @@ class Group:
         if sender is not None:
             problems += sender.problems() + (self._feed.problems() if self._feed else [])
         applier = self._applier
+        if applier is not None and applier.history.problem:
+            problems.append(f"the history: {applier.history.problem}")
         if applier is not None and applier.stalled:
             problems.insert(0, f"what was received cannot be applied: {applier.stalled}")
         kept = max(self._kept_aside, self._applier.kept_aside if self._applier else 0)

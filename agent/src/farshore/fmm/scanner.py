@@ -185,26 +185,10 @@ def walk(
     yield top
     pending = [path] if top.kind is FileKind.DIRECTORY else []
     while pending:
-        directory = pending.pop()
-        try:
-            fd = open_beneath(root_path, directory, _DIRECTORY)
-        except OSError as error:
-            if error.errno not in ABSENT:
-                on_problem(directory, error)
-            continue
-        try:
-            for name, _ in _names(fd, directory, filter):
-                below = directory + b"/" + name if directory else name
-                found = _observe_in(fd, name, root, below, on_problem)
-                if found is None:
-                    continue
-                yield found
-                if found.kind is FileKind.DIRECTORY and filter.allows(below, True):
-                    pending.append(below)
-        except OSError as error:
-            on_problem(directory, error)
-        finally:
-            os.close(fd)
+        for found in observe_directory(root_path, root, pending.pop(), filter, on_problem):
+            yield found
+            if found.kind is FileKind.DIRECTORY and filter.allows(found.path, True):
+                pending.append(found.path)
 
 
 def observe_directory(

@@ -729,7 +729,7 @@ class Applier:
             for number, (operation, staged) in enumerate(transaction.operations):
                 if number < skip:
                     continue
-                todo = Todo(each.seq, transaction.epoch, transaction.time_ns, number, operation, staged)
+                todo = Todo(each.seq, transaction.time_ns, number, operation, staged)
                 known = self.history.known(each.seq, number)
                 if known is not None:
                     todo.again, todo.undo = True, known

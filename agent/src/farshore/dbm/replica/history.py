@@ -136,8 +136,9 @@ class History:
 
     def _is_full(self, chapter: Chapter) -> bool:
         age = self._now_ns() - chapter.first_ns
-        large = chapter.kept * CHAPTERS_IN_SPACE > self._limit()
-        return large or chapter.entries >= CHAPTER_ENTRIES or age >= CHAPTER_SECONDS * _SECOND or chapter.merged
+        if chapter.entries >= CHAPTER_ENTRIES or age >= CHAPTER_SECONDS * _SECOND or chapter.merged:
+            return True
+        return chapter.kept * CHAPTERS_IN_SPACE > self._limit()
 
     def _note_found(self, number: int, place: Place, body: bytes) -> None:
         step = _decoder.decode(body)

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 from farshore.control.api import Span, Version
 from farshore.dbm.replica.commit import Applier
-from farshore.dbm.replica.history import NotRemembered
 from farshore.dbm.replica.undo import Absent, Kept, Moved, Step, Undo, WasDirectory, WasMeta
 from farshore.dbm.replica.view import Progress, copy_out, give
 from farshore.errors import FarshoreError, UsageError
@@ -179,17 +178,3 @@ def _told(progress: Progress, seq: int, where: str) -> str:
         some = ", ".join(os.fsdecode(path) for path in progress.missing[:5])
         text += f"; {len(progress.missing)} are not known any more and left out: {some}"
     return text
-
-
-__all__ = [
-    "CannotRestore",
-    "NotRemembered",
-    "Span",
-    "Version",
-    "When",
-    "find",
-    "restore_in_place",
-    "restore_to",
-    "spans",
-    "versions",
-]

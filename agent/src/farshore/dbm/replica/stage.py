@@ -183,10 +183,6 @@ class Stage:
         """A file was renamed into the tree."""
         self._made.discard(staged.name)
 
-    def holds(self, staged: Staged) -> bool:
-        """Whether a file was neither placed nor discarded."""
-        return staged.name in self._made
-
     def discard(self, staged: Staged) -> None:
         """Remove a file that will not be placed, or was copied into the tree."""
         with self._lock:

@@ -109,7 +109,6 @@ class Todo:
     """
 
     seq: int
-    epoch: int
     time_ns: int
     number: int
     operation: Operation
