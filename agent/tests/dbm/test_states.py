@@ -19,7 +19,7 @@ from nodes import Pair, free_ports, started, until
 from trees import Mutator, differences
 
 from farshore.cli.mirror import make_keys
-from farshore.config import Consistency, Endpoint, NodeConfig, NodeGroup, NodeRef, PathConfig, Tls
+from farshore.config import BrakeConfig, Consistency, Endpoint, NodeConfig, NodeGroup, NodeRef, PathConfig, Tls
 from farshore.daemons.node import Node
 from farshore.dbm.index import OPEN, Index
 from farshore.dbm.planner import Planned, Planner
@@ -52,6 +52,8 @@ async def running(base: Path, trees: Path, consistency: Consistency) -> AsyncIte
             peer=NodeRef(other, "127.0.0.1", ports[other]),
             paths=(PathConfig("/srv/www", str(trees / f"{side}-tree")),),
             consistency=consistency,
+            # What changes in a test is most of a tree.
+            brake=BrakeConfig("off"),
         )
         tls = Tls(keys / "ca.crt", keys / f"{side}.crt", keys / f"{side}.key")
         return Node(
