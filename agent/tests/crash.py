@@ -54,6 +54,8 @@ from farshore.dbm.replica.commit import Applier
 from farshore.dbm.replica.history import History
 from farshore.dbm.replica.journal import Journal
 from farshore.dbm.replica.mark import Mark
+from farshore.dbm.replica.operator import Operator
+from farshore.dbm.replica.progress import Progress
 from farshore.dbm.replica.staging import Stager
 from farshore.dbm.replica.tree import Tree
 from farshore.dbm.replica.upload import Upload
@@ -92,14 +94,14 @@ STEPS: dict[str, dict[str, tuple[type, str]]] = {
         "an operation is applied": (Applier, "_apply_one"),
         "something is kept": (Tree, "keep"),
         "a file is placed": (Tree, "put"),
-        "a file is pinned": (Tree, "pin"),
         "something is moved": (Tree, "move"),
         "a transaction is applied": (Applier, "_finished"),
         "the trees are synced": (Tree, "sync"),
         "the mark is moved": (Mark, "move"),
         "the journal is dropped": (Journal, "drop"),
-        "a pin is released": (Applier, "_release"),
-        "a directory is about to move": (Applier, "_before_directory"),
+        "an operation is carried out": (Operator, "carry_out"),
+        "progress is told": (Progress, "tell"),
+        "a new process has recovered": (Applier, "_recover"),
         "the trees are at rest": (Applier, "checkpoint"),
         "an upload is opened": (Upload, "open"),
         "an upload is fed": (Upload, "feed"),

@@ -15,7 +15,7 @@ _KEPT = ("user.", "trusted.", "security.", "system.posix")
 _OWN = ("security.selinux", "security.ima", "security.evm")
 
 
-def describe(top: str | os.PathLike[str]) -> dict[bytes, _Entry]:
+def describe(top: str | os.PathLike[str], *, times_of_directories: bool = True) -> dict[bytes, _Entry]:
     """Every path below ``top`` (b"" is ``top``): type, mode, owner, time, content, target, xattrs, link set."""
     root = os.fsencode(top)
     found: dict[bytes, _Entry] = {}
@@ -46,7 +46,7 @@ def describe(top: str | os.PathLike[str]) -> dict[bytes, _Entry]:
             stat.S_IMODE(status.st_mode),
             status.st_uid,
             status.st_gid,
-            status.st_mtime_ns,
+            status.st_mtime_ns if times_of_directories or kind != stat.S_IFDIR else 0,
             status.st_rdev if kind in (stat.S_IFCHR, stat.S_IFBLK) else 0,
             content,
             links,
@@ -55,9 +55,11 @@ def describe(top: str | os.PathLike[str]) -> dict[bytes, _Entry]:
     return found
 
 
-def differences(left: str | os.PathLike[str], right: str | os.PathLike[str]) -> list[str]:
+def differences(
+    left: str | os.PathLike[str], right: str | os.PathLike[str], *, times_of_directories: bool = True
+) -> list[str]:
     """One line for each path at which the trees differ, naming what does; empty when they are identical."""
-    a, b = describe(left), describe(right)
+    a, b = (describe(top, times_of_directories=times_of_directories) for top in (left, right))
     fields = ("type", "mode", "uid", "gid", "mtime", "rdev", "content", "links", "xattrs")
     lines = []
     for path in sorted(set(a) | set(b)):

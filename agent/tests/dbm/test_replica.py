@@ -100,6 +100,7 @@ def test_staging_leaves_nothing_and_removes_nothing_else(replica: Replica) -> No
     replica.open()
     assert os.listdir(stage) == ["else"]
     assert isinstance(replica.send(Put(0, b"f", FILE, b"x"), Move(0, b"nothing", b"x")), Nak)
+    replica.work(replica.applier.checkpoint)
     assert os.listdir(stage) == ["else"]
 
 

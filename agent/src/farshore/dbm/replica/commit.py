@@ -2,8 +2,9 @@
 
 ``accept`` makes transactions durable: from then on the source is told that they are there, and they survive a power
 cut. ``work`` applies what has been accepted: what each operation finds is written down first (``undo``), so that
-applying it anew after a crash ends alike, and so that there is a history (``history``). From time to time the trees are
-synced and the journal's mark is moved (``checkpoint``).
+carrying it out once more after a crash ends alike, and so that there is a history (``history``). How far each tree is, its
+own filesystem tells (``progress``). From time to time the trees are synced and the journal's mark is moved
+(``checkpoint``).
 
 An operation that the tree does not allow, as it is not what the source believes, is left out, and its path is in doubt:
 the source is told, and sends anew what belongs there. When the disk is full, nothing is left out: applying stops, and
@@ -18,7 +19,6 @@ import io
 import itertools
 import os
 import shutil
-import stat
 import struct
 import threading
 import time
@@ -36,19 +36,12 @@ from farshore.config import History as Retention
 from farshore.dbm import wire
 from farshore.dbm.messages import (
     Cause,
-    Copy,
     Entry,
-    Link,
     MakeDir,
-    MakeNode,
-    MakeSymlink,
-    Meta,
     Move,
     Nak,
     Operation,
-    Patch,
     Put,
-    Remove,
     SetMeta,
 )
 from farshore.dbm.messages import Partial as PartialUpload
@@ -61,16 +54,19 @@ from farshore.dbm.replica.history import History, reserve_of
 from farshore.dbm.replica.journal import Journal, Record
 from farshore.dbm.replica.leaves import LeafStore
 from farshore.dbm.replica.mark import Mark, Position
+from farshore.dbm.replica.operator import Operator
 from farshore.dbm.replica.paths import MAX_PATH
+from farshore.dbm.replica.progress import Progress, name_of
+from farshore.dbm.replica.repair import Repair
 from farshore.dbm.replica.segments import Place
 from farshore.dbm.replica.stage import Stage, Staged
-from farshore.dbm.replica.tree import BaseUnknown, Tree, exists
-from farshore.dbm.replica.undo import Kept, Moved, Slicer, Todo, WasDirectory, WasMeta, steps
+from farshore.dbm.replica.tree import BaseUnknown, Tree
+from farshore.dbm.replica.undo import Kept, Slicer, Todo, steps
 from farshore.dbm.replica.upload import Interrupted, Upload
 from farshore.dbm.replica.view import View
 from farshore.dbm.unkept import Unkept
 from farshore.errors import FarshoreError, ProtocolError, StateError, UnsafePath
-from farshore.fmm.types import FileKind, Root
+from farshore.fmm.types import Root
 from farshore.log import Log
 
 _log = Log(__name__)
@@ -206,15 +202,15 @@ class Applier:
         self._journal = Journal(state / "journal", self._mark.position.seq)
         if self._journal.damage:
             self.diverged = f"the journal: {self._journal.damage}"
-        position = (self._mark.position.seq + 1, self._mark.position.operations)
-        self.stages = [
-            Stage(tree.root, state / str(i), self._journal.staged, position) for i, tree in enumerate(self.trees)
-        ]
+        needed = self._journal.staged | ({name_of(self._mark.position)} if self._journal.found else set())
+        self.stages = [Stage(tree.root, state / str(i), needed) for i, tree in enumerate(self.trees)]
+        self._progress = [Progress(stage) for stage in self.stages]
         self.history = History(
             state / "history", self.stages, retention or Retention(), self._mark.position.seq, now_ns
         )
         self.leaves = LeafStore(state)
         self._slicer = Slicer(self.trees, self.history.folder)
+        self._operator = Operator(self.trees, self.stages, self.leaves)
         #: Set once, ends all work but the applying of what was accepted.
         self.interrupted = threading.Event()
         self.listener = Listener()
@@ -227,8 +223,7 @@ class Applier:
         )
         self._journal.found.clear()
         self._in_memory = 0
-        #: Transactions up to here were staged by an earlier process: what it could not keep of them is not known.
-        self._inherited = self._journal.last
+        self._operator.inherited = self._journal.last
         self._backlog = sum(each.size for each in self._waiting)
         self._calls: deque[tuple[int, Callable[[], None]]] = deque()
         self._told_at = 0.0
@@ -236,12 +231,14 @@ class Applier:
         self._tended = self._mark.position
         #: What is applied.
         self._position = self._mark.position
-        #: Where operations that are done again have made files anew.
-        self._redone: set[tuple[int, bytes]] = set()
-        self._operations = self._bytes = 0
+        #: How many operations are applied since the mark, and how many an earlier process had applied to each tree.
+        self._count = 0
+        self._found = [0] * len(self.trees)
+        #: Whether it was looked up what an earlier process had applied.
+        self._recovered = not self._waiting
+        #: Operations that were applied since the trees were synced.
+        self._operations = 0
         self._checkpoint_at = time.monotonic()
-        #: What can go once the trees are synced: files of the stage, with their root.
-        self._to_release: list[tuple[int, bytes]] = []
         self._doubts: dict[tuple[int, bytes], None] = dict.fromkeys(self._load_doubts())
 
     # --- what may be asked
@@ -338,6 +335,8 @@ class Applier:
         self._mark.close()
         self._journal.close()
         self.history.close()
+        for progress in self._progress:
+            progress.close()
         for stage in self.stages:
             stage.close()
         for tree in self.trees:
@@ -559,6 +558,8 @@ class Applier:
     def work(self) -> None:
         """Apply what was accepted, as far as it can be applied; never raises OSError."""
         try:
+            if not self._recovered:
+                self._recover()
             while (batch := self._next()) is not None:
                 if not self._apply(batch):
                     break
@@ -566,6 +567,8 @@ class Applier:
             self._call()
         except OSError as error:
             self._stall(error)
+        except StateError as error:
+            self._stall(OSError(errno.EIO, str(error)))
         finally:
             self._end()
 
@@ -573,7 +576,7 @@ class Applier:
         """What is to be done now and then: try again what stopped, sync what rests, thin the history."""
         self.work()
         try:
-            # At rest, the files that were pinned get rid of their second names soon.
+            # At rest, what is in the trees is made durable there soon.
             rests = self._position == self._tended
             self._tended = self._position
             if rests or time.monotonic() - self._checkpoint_at > CHECKPOINT_SECONDS:
@@ -622,7 +625,9 @@ class Applier:
             self._waiting.clear()
             self._backlog = self._in_memory = 0
         self._position = Position(last)
-        self._mark.move(self._position)
+        self._move_mark()
+        self.history.settled(last)
+        self._recovered = True
         self.diverged = why
         _log.warning("what was received is set aside", transactions=count, kept=str(place), reason=why)
         return place
@@ -645,7 +650,7 @@ class Applier:
         for transaction in dropped:
             for operation, staged in transaction.operations:
                 if staged is not None:
-                    self._release(operation.root, staged.name)
+                    self.stages[operation.root].release(staged.name)
 
     def in_step(self) -> None:
         """The source has sent everything, and all of it is applied."""
@@ -658,40 +663,29 @@ class Applier:
     def checkpoint(self) -> None:
         """Make durable in the trees what was applied, and forget its journal; raises OSError."""
         self._checkpoint_at = time.monotonic()
-        if self._position == self._mark.position and not self._to_release:
+        if self._position == self._mark.position:
             return
-        self._sync(self._position)
+        for tree in self.trees:
+            tree.sync()
+        self._move_mark()
         self._journal.drop(self._position.seq)
-        released, self._to_release = self._to_release, []
-        for root, name in released:
-            self._release(root, name)
-        self.history.settled()
+        self.history.settled(self._position.seq)
         for stage in self.stages:
             stage.rest()
 
-    def _sync(self, position: Position) -> None:
-        for tree in self.trees:
-            tree.sync()
-        self._mark.move(position)
-        self._operations = self._bytes = 0
-
-    def _release(self, root: int, name: bytes) -> None:
-        """Remove a pin or a staged file, whose content is in the tree by now."""
-        staged = self.stages[root].fixed(name)
-        with contextlib.suppress(OSError):
-            handle = os.open(staged.name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=staged.directory)
-            try:
-                before = os.fstat(handle)
-                self.stages[root].release(name)
-                # The name that went has changed the file's ctime; its leaves are as good as before.
-                self.leaves.touched(before, os.fstat(handle))
-            finally:
-                os.close(handle)
+    def _move_mark(self) -> None:
+        """All that was applied is durable in the trees: from here on is counted anew."""
+        self._mark.move(self._position)
+        for progress in self._progress:
+            progress.clear()
+        self._found = [0] * len(self.trees)
+        self._count = 0
+        self._operations = self._operator.bytes = 0
 
     def _rest_if_due(self) -> None:
         if (
             self._operations >= CHECKPOINT_OPERATIONS
-            or self._bytes >= CHECKPOINT_BYTES
+            or self._operator.bytes >= CHECKPOINT_BYTES
             or time.monotonic() - self._checkpoint_at > CHECKPOINT_SECONDS
         ):
             self.checkpoint()
@@ -723,32 +717,22 @@ class Applier:
         if not batch:
             self._tell()
             return False
-        todos: deque[Todo] = deque()
-        for each, transaction in zip(batch, transactions, strict=True):
-            skip = self._position.operations if each.seq == self._position.seq + 1 else 0
-            for number, (operation, staged) in enumerate(transaction.operations):
-                if number < skip:
-                    continue
-                todo = Todo(each.seq, transaction.time_ns, number, operation, staged)
-                known = self.history.known(each.seq, number)
-                if known is not None:
-                    todo.again, todo.undo = True, known
-                todos.append(todo)
-        self._skip_superseded(todos)
+        todos = self._todos(batch, transactions)
         done = iter(batch)
         at = next(done)
         try:
             while todos:
-                count = self._slicer.slice(list(itertools.islice(todos, _SLICE_LOOK)))
-                chosen = [todos.popleft() for _ in range(count)]
-                if not chosen[0].again:
+                ahead = list(itertools.takewhile(lambda todo: not todo.done, itertools.islice(todos, _SLICE_LOOK)))
+                chosen = [todos.popleft() for _ in range(self._slicer.slice(ahead) if ahead else 1)]
+                if ahead and not chosen[0].known:
                     self.history.note(steps(chosen))
                 for todo in chosen:
                     while todo.seq != at.seq:
                         self._finished(at)
                         at = next(done)
-                    if not todo.superseded:
+                    if not todo.done:
                         self._apply_one(todo)
+                    self._count = todo.count
                     self._position = Position(todo.seq - 1, todo.number + 1)
             while True:
                 self._finished(at)
@@ -762,32 +746,47 @@ class Applier:
         self._tell()
         return True
 
-    def _skip_superseded(self, todos: deque[Todo]) -> None:
-        """Of what is to be done again, leave out what a later operation has replaced already.
+    def _todos(self, batch: list[_Waiting], transactions: list[Transaction]) -> deque[Todo]:
+        """What is to be done for transactions, with what is known of it from before."""
+        todos: deque[Todo] = deque()
+        count = self._count
+        #: Roots in which something is still to be done: only the first of that may have been cut off.
+        begun: set[int] = set()
+        for each, transaction in zip(batch, transactions, strict=True):
+            skip = self._position.operations if each.seq == self._position.seq + 1 else 0
+            for number, (operation, staged) in enumerate(transaction.operations[skip:], skip):
+                count += 1
+                todo = Todo(each.seq, transaction.time_ns, number, count, operation, staged)
+                todo.done = count <= self._found[operation.root]
+                known = self.history.known(each.seq, number)
+                if known is not None:
+                    todo.known, todo.undo = True, known
+                    todo.again = not todo.done and operation.root not in begun
+                if not todo.done:
+                    begun.add(operation.root)
+                todos.append(todo)
+        return todos
 
-        So a file does not show what it was long before, while the journal is applied anew.
+    def _recover(self) -> None:
+        """Learn how far an earlier process, or this machine before a power cut, came after the mark.
+
+        Raises OSError, StateError.
         """
-        #: Whether the next operation at a path has taken away what the one before put there.
-        taken: dict[tuple[int, bytes], bool] = {}
-        for todo in reversed(todos):
-            if not todo.again:
-                continue
-            operation = todo.operation
-            key = operation.root, operation.path
-            puts = isinstance(operation, (Put, Patch, Copy, MakeSymlink, MakeNode))
-            todo.superseded = puts and taken.get(key, False)
-            if isinstance(operation, SetMeta):
-                continue
-            kept = todo.kept
-            with contextlib.suppress(OSError, StateError):
-                taken[key] = (
-                    (puts or isinstance(operation, Remove))
-                    and kept is not None
-                    and kept.path == operation.path
-                    and exists(self.stages[kept.root].folder(kept.folder), kept.name)
-                )
-            if isinstance(operation, (Move, Link)):
-                taken[operation.root, operation.to] = False
+        self._found = [progress.read(self._mark.position) for progress in self._progress]
+        last = max(self._found)
+        repair = Repair(self.trees, self.stages)
+        with self._lock:
+            waiting = list(self._waiting)
+        for each in waiting:
+            if self._count >= last:
+                break
+            for todo in self._todos([each], [each.transaction or self._read(each)]):
+                self._count = todo.count
+                if todo.done:
+                    repair.follow(todo)
+        self._count = 0
+        repair.run()
+        self._recovered = True
 
     def _judge(self, transactions: list[Transaction]) -> int:
         """How many of the transactions may be applied: all, or those before the state in which one is held."""
@@ -837,7 +836,7 @@ class Applier:
             self._backlog -= each.size
             if each.transaction is not None:
                 self._in_memory -= each.size
-        self._bytes += each.place.length
+        self._operator.bytes += each.place.length
         if time.monotonic() - self._told_at > _TELL_SECONDS:
             self._tell()
 
@@ -886,266 +885,17 @@ class Applier:
         """Apply an operation; what the tree does not allow is in doubt. Raises OSError when nothing can be applied."""
         self._operations += 1
         try:
-            if todo.directory is not None or self._is_barrier(todo):
-                self._before_directory(todo)
-            self._carry_out(todo)
-            self._note_redone(todo)
-        except Exception as error:
-            if isinstance(error, OSError) and error.errno in _STOPPING:
+            try:
+                self._operator.carry_out(todo)
+            except StateError:
                 raise
-            if isinstance(error, StateError):
-                raise OSError(errno.EIO, str(error)) from error
-            self._doubt(todo, error)
-
-    def _note_redone(self, todo: Todo) -> None:
-        """Remember where a file was made anew; of any other, a pin tells which one was meant."""
-        operation = todo.operation
-        if not todo.again:
-            self._redone.clear()
-        elif isinstance(operation, Move):
-            self._redone.discard((operation.root, operation.path))
-            self._redone.add((operation.root, operation.to))
-        elif isinstance(operation, Remove):
-            self._redone.discard((operation.root, operation.path))
-        elif not isinstance(operation, (MakeDir, SetMeta)):
-            self._redone.add((operation.root, operation.path))
-
-    @staticmethod
-    def _is_barrier(todo: Todo) -> bool:
-        return todo.again and any(
-            (isinstance(entry, Moved) and entry.directory) or (isinstance(entry, Kept) and stat.S_ISDIR(entry.kind))
-            for entry in todo.undo
-        )
-
-    def _before_directory(self, todo: Todo) -> None:
-        """A directory is about to move, or to go with all in it: nothing from before is to be done again after that."""
-        position = self._mark.position
-        here = (todo.seq - 1, todo.number)
-        if todo.again and (position.seq, position.operations) == here and position.inode:
-            return
-        moved = (
-            todo.directory
-            if todo.directory is not None
-            else self.trees[todo.operation.root].status(todo.operation.path)
-        )
-        self._sync(Position(*here, moved.st_dev if moved else 0, moved.st_ino if moved else 0))
-
-    def _carry_out(self, todo: Todo) -> None:
-        operation = todo.operation
-        root, path, number = operation.root, operation.path, todo.number
-        tree, stage = self.trees[root], self.stages[root]
-        if not path and isinstance(operation, MakeSymlink):
-            # It would lead everything that follows to where the source likes.
-            raise UnsafePath(path, "a root's place is not for a symbolic link")
-        if isinstance(operation, Move):
-            self._move(todo, operation)
-            return
-        if isinstance(operation, Remove):
-            self._remove(todo, tree, stage)
-            return
-        if isinstance(operation, SetMeta):
-            if not todo.again or self._is_meant(todo, tree, path):
-                tree.set_meta(path, operation.meta)
-            return
-        if todo.again:
-            # Directories that later operations have removed: they will be removed again.
-            tree.make_parents(path)
-        pin: Staged | None = None
-        if isinstance(operation, Link):
-            pin = self._pin(todo, operation.to)
-            if not path and tree.is_link(pin, operation.to):
-                raise UnsafePath(path, "a root's place is not for a symbolic link")
-        self._make_way(todo, path, leave=not isinstance(operation, MakeDir))
-        match operation:
-            case MakeDir(meta=meta):
-                if todo.again:
-                    tree.clear(path, directories=False)
-                tree.make_directory(path, meta)
-            case Put(meta=meta, data=data):
-                staged, handle = stage.create(meta.mode)
-                with self._used(stage, staged):
-                    self._fill(handle, tree, stage, meta, data)
-                    tree.put(staged, path, meta)
-                self._bytes += len(data)
-            case Patch(meta=meta) | Copy(meta=meta):
-                assert todo.staged is not None
-                self._put_staged(todo, tree, stage, meta)
-            case MakeSymlink(meta=meta, target=target):
-                with self._named(stage) as staged:
-                    tree.make_symlink(staged, path, meta, target)
-            case MakeNode(meta=meta, kind=kind, rdev=rdev):
-                with self._named(stage) as staged:
-                    tree.make_node(staged, path, meta, FileKind(kind), rdev)
-            case Link(to=to):
-                with self._named(stage) as staged:
-                    tree.link(pin, staged, path, to)
-            case _:
-                raise AssertionError(f"{type(operation).__name__} {number}")
-
-    def _is_meant(self, todo: Todo, tree: Tree, path: bytes) -> bool:
-        """Whether what stands at ``path`` is what an operation that is done again meant, and no later thing."""
-        there = tree.status(path)
-        if there is None or (todo.operation.root, path) in self._redone:
-            return there is not None
-        was = next((entry for entry in todo.undo if isinstance(entry, WasMeta)), None)
-        return was is None or (was.device, was.inode) == (there.st_dev, there.st_ino)
-
-    def _make_way(self, todo: Todo, path: bytes, *, leave: bool) -> None:
-        """Take what is at ``path`` to where it is kept, so that something else can be put there."""
-        root = todo.operation.root
-        tree, stage = self.trees[root], self.stages[root]
-        kept = next((entry for entry in todo.undo if isinstance(entry, Kept) and entry.path == path), None)
-        if kept is not None:
-            tree.keep(path, stage.folder(kept.folder), kept.name, leave=leave)
-        elif any(isinstance(entry, WasDirectory) and entry.path == path for entry in todo.undo):
-            there = tree.status(path)
-            if there is not None and stat.S_ISDIR(there.st_mode):
-                if todo.again:
-                    tree.clear(path, directories=True)
-                else:
-                    tree.remove_directory(path)
-        if todo.again and not isinstance(todo.operation, MakeDir):
-            # What later operations had made there will be made again.
-            there = tree.status(path)
-            if there is not None and stat.S_ISDIR(there.st_mode):
-                tree.clear(path, directories=True)
-
-    def _move(self, todo: Todo, operation: Move) -> None:
-        tree = self.trees[operation.root]
-        if not operation.path or not operation.to:
-            raise BaseUnknown(operation.path, "a root cannot be moved")
-        moved = next((entry for entry in todo.undo if isinstance(entry, Moved)), None)
-        if moved is None:
-            # Nothing was there when it was looked up; say why.
-            tree.move(operation.path, operation.to)
-            return
-        if moved.directory:
-            there = tree.status(operation.path)
-            at = self._mark.position
-            if todo.again and (there is None or (there.st_dev, there.st_ino) != (at.device, at.inode)):
-                return
-            self._make_way(todo, operation.to, leave=False)
-            tree.move(operation.path, operation.to)
-            return
-        pin = None if self._was_alone(todo) else self._pin(todo, operation.path)
-        if pin is None:
-            self._move_alone(todo, operation)
-            return
-        if todo.again:
-            tree.make_parents(operation.to)
-        self._make_way(todo, operation.to, leave=True)
-        if not todo.again:
-            tree.move(operation.path, operation.to)
-            return
-        with self._named(self.stages[operation.root]) as staged:
-            tree.link(pin, staged, operation.to, operation.path)
-        tree.clear(operation.path, directories=False)
-
-    def _is_marked(self, todo: Todo) -> bool:
-        """Whether the trees were synced just before an operation, for it moves something that is known by its inode."""
-        at = self._mark.position
-        return (at.seq, at.operations) == (todo.seq - 1, todo.number) and at.inode != 0
-
-    def _was_alone(self, todo: Todo) -> bool:
-        """Whether a file was moved without a pin before."""
-        return todo.again and not self._is_barrier(todo) and self._is_marked(todo)
-
-    def _move_alone(self, todo: Todo, operation: Move) -> None:
-        """Move a file that can have no further name: as with a directory, nothing before that is done again."""
-        tree = self.trees[operation.root]
-        there = tree.status(operation.path)
-        if self._was_alone(todo):
-            at = self._mark.position
-            if there is None or (there.st_dev, there.st_ino) != (at.device, at.inode):
-                return
-        elif there is not None:
-            self._sync(Position(todo.seq - 1, todo.number, there.st_dev, there.st_ino))
-        if todo.again:
-            tree.make_parents(operation.to)
-        self._make_way(todo, operation.to, leave=True)
-        tree.move(operation.path, operation.to)
-
-    def _pin(self, todo: Todo, path: bytes) -> Staged | None:
-        """A name of the file at ``path`` that stays until the trees are synced, so that this can be done again.
-
-        None when the file can have no further name.
-        """
-        root = todo.operation.root
-        pin = self.stages[root].fixed(b"p%x.%x" % (todo.seq, todo.number))
-        if (root, path) in self._redone:
-            # The file that has the name of old is not the one that stands there since it was made anew.
-            self.stages[root].release(pin.name)
-        if not self.trees[root].pin(path, pin):
-            return None
-        self._to_release.append((root, pin.name))
-        return pin
-
-    def _remove(self, todo: Todo, tree: Tree, stage: Stage) -> None:
-        operation = todo.operation
-        path = operation.path
-        if not path:
-            raise BaseUnknown(path, "a root is never removed")
-        kept = todo.kept
-        if kept is not None:
-            folder = stage.folder(kept.folder)
-            if not todo.again or not exists(folder, kept.name):
-                tree.keep(path, folder, kept.name, leave=False)
-            else:
-                tree.clear(path, directories=False)
-        elif any(isinstance(entry, WasDirectory) for entry in todo.undo):
-            self._make_way(todo, path, leave=False)
-        elif not todo.again:
-            tree.forget(path)
-
-    @staticmethod
-    def _fill(handle: int, tree: Tree, stage: Stage, meta: Meta, data: bytes) -> None:
-        """Write a small content to a new staged file, and close it."""
-        try:
-            done = os.write(handle, data) if data else 0
-            while done < len(data):
-                done += os.write(handle, memoryview(data)[done:])
-            tree.prepare(handle, meta, stage.birth)
-        finally:
-            os.close(handle)
-
-    def _put_staged(self, todo: Todo, tree: Tree, stage: Stage, meta: Meta) -> None:
-        """Put a large content into place; its staged name stays until the trees are synced."""
-        assert todo.staged is not None
-        source = stage.fixed(todo.staged.name)
-        path = todo.operation.path
-        if not (todo.again and tree.is_at(path, source)):
-            with self._named(stage) as staged:
-                try:
-                    os.link(source.name, staged.name, src_dir_fd=source.directory, dst_dir_fd=staged.directory)
-                except FileNotFoundError:
-                    raise BaseUnknown(path, "its content is not in the stage any more") from None
-                tree.put(staged, path, meta)
-        if todo.again or todo.seq <= self._inherited:
-            # It may have what a later operation gave it; and what could not be kept is to be known.
-            tree.set_meta(path, meta)
-        self._to_release.append((todo.operation.root, source.name))
-        placed = tree.status(path)
-        if placed is not None:
-            self.leaves.placed(placed)
-            self._bytes += placed.st_size
-
-    @contextlib.contextmanager
-    def _named(self, stage: Stage) -> Iterator[Staged]:
-        """A free name in the stage, which is free again afterwards."""
-        staged = stage.name()
-        with self._used(stage, staged):
-            yield staged
-
-    @staticmethod
-    @contextlib.contextmanager
-    def _used(stage: Stage, staged: Staged) -> Iterator[None]:
-        """What is staged is placed, or it is removed."""
-        try:
-            yield
-        except BaseException:
-            stage.discard(staged)
-            raise
-        stage.placed(staged)
+            except Exception as error:
+                if isinstance(error, OSError) and error.errno in _STOPPING:
+                    raise
+                self._doubt(todo, error)
+            self._progress[todo.operation.root].tell(self._mark.position, todo.count)
+        except StateError as error:
+            raise OSError(errno.EIO, str(error)) from error
 
     # --- doubts
 

@@ -126,12 +126,14 @@ class History:
             return None
         return self._found.get((seq, number), [])
 
-    def settled(self) -> None:
-        """All that was applied is durable in the trees."""
-        self._known.clear()
-        self._found.clear()
+    def settled(self, seq: int) -> None:
+        """All up to transaction ``seq`` is applied and durable in the trees."""
+        for known in [known for known in self._known if known <= seq]:
+            del self._known[known]
+        for found in [found for found in self._found if found[0] <= seq]:
+            del self._found[found]
         if not self._retention.enabled:
-            while self.chapters:
+            while self.chapters and self.chapters[0].last <= seq:
                 self._drop_oldest()
 
     def _is_full(self, chapter: Chapter) -> bool:

@@ -1,7 +1,7 @@
 """The replica's journal: the ordered record of transactions that makes an acknowledgement durable.
 
 A transaction is appended and synced before it is acknowledged, and applied to the tree afterwards (``commit``). How far
-that came is written down from time to time (``mark``); after a crash, what follows the mark is applied anew.
+the trees are on their disks is written down from time to time (``mark``); what follows is kept until then.
 """
 
 from __future__ import annotations

@@ -70,13 +70,6 @@ class LeafStore:
             else:
                 self._drop(_key(status))
 
-    def touched(self, before: os.stat_result, after: os.stat_result) -> None:
-        """A change of ours to a file's names has changed its ctime, and nothing else."""
-        with self._lock:
-            kept = self._kept.get(_key(before))
-            if kept is not None and kept.ctime_ns == before.st_ctime_ns:
-                kept.ctime_ns = after.st_ctime_ns
-
     def of(self, handle: int) -> Leaves | None:
         """The leaves of the file open as ``handle``, for the caller to close; None when they are not known."""
         status = os.fstat(handle)

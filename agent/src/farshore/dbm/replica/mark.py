@@ -13,8 +13,8 @@ import blake3
 from farshore import durable
 from farshore.errors import StateError
 
-_MAGIC = b"FSM1"
-_SLOT = struct.Struct(">4sQQIQQ")
+_MAGIC = b"FSM2"
+_SLOT = struct.Struct(">4sQQI")
 _DIGEST = 16
 #: Each slot is a sector of its own, so that no write damages the other.
 _APART = 4096
@@ -22,16 +22,10 @@ _APART = 4096
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """Transactions up to ``seq`` are applied, and of the next one its first ``operations``.
-
-    When the operation after them moves a directory, ``device`` and ``inode`` are the directory's: if its old name
-    still stands for it, it was not moved. Otherwise they are 0.
-    """
+    """Transactions up to ``seq`` are applied, and of the next one its first ``operations``."""
 
     seq: int = 0
     operations: int = 0
-    device: int = 0
-    inode: int = 0
 
 
 class Mark:
@@ -63,7 +57,7 @@ class Mark:
     def move(self, position: Position) -> None:
         """Write a position down, durably; raises OSError."""
         turn = self._turn + 1
-        data = _SLOT.pack(_MAGIC, turn, position.seq, position.operations, position.device, position.inode)
+        data = _SLOT.pack(_MAGIC, turn, position.seq, position.operations)
         data += blake3.blake3(data).digest(length=_DIGEST)
         os.pwrite(self._handle, data, turn % 2 * _APART)
         os.fdatasync(self._handle)

@@ -26,6 +26,9 @@ _DIGEST = 16
 SEGMENT_BYTES = 32 << 20
 #: No record is larger: metadata and contents of a transaction are bounded when they arrive.
 MAX_BODY = 1 << 30
+#: How the body begins that tells which segments another one was put in the place of; no body of others does.
+_COVERS = b"\xc1covers"
+_SEGMENT = struct.Struct(">Q")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +45,7 @@ class Segments:
 
     One thread appends and drops; any may read. ``last`` is the highest number, ``bytes`` what all take. ``damage`` says
     what was wrong with a record that must have been whole, "" if nothing was. When it is opened, ``found`` is called
-    with each record's number, place and body, in order. Raises StateError.
+    with each record's number, place and body, in order. No body begins with 0xC1. Raises StateError.
     """
 
     def __init__(self, directory: Path, suffix: str, found: Callable[[int, Place, bytes], None]) -> None:
@@ -56,6 +59,8 @@ class Segments:
         self._lasts: dict[int, int] = {}
         self._current = -1
         self._handle = -1
+        #: Segments that another one was put in the place of, when it is opened.
+        self._covered: set[int] = set()
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._open(found)
@@ -134,17 +139,19 @@ class Segments:
             record = _record(data, at)
             if record is None:
                 raise StateError(path, f"the record at byte {at} is damaged")
-            found.append(record)
+            if not record[1].startswith(_COVERS):
+                found.append(record)
             at += _HEAD.size + len(record[1]) + _DIGEST
         return found
 
     def replace(self, segments: Sequence[int], records: Sequence[tuple[int, bytes]]) -> None:
         """Put ``records`` in the place of successive segments, none of which is written to; raises OSError.
 
-        After a crash, it is the old ones or the new one; what is left of the others is found out when they are opened.
+        After a crash, it is the old ones or the new one, which tells what may be left of the others.
         """
-        data = b"".join([part for number, body in records for part in _encode(number, body)])
         first = segments[0]
+        covers = (records[0][0] if records else first, _COVERS + _pack(segments[1:]))
+        data = b"".join([part for number, body in (covers, *records) for part in _encode(number, body)])
         temporary = self.path(first).with_suffix(".new")
         handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
@@ -217,10 +224,10 @@ class Segments:
                 # What follows a gap is kept for whoever wants to look at it, and used for nothing.
                 path.rename(path.with_suffix(".damaged"))
                 continue
-            data = path.read_bytes()
-            if self._is_left(data):
+            if segment in self._covered:
                 path.unlink()
                 continue
+            data = path.read_bytes()
             end = self._scan(segment, data, found)
             if end < len(data):
                 if count < len(names) or self._goes_on(data, end):
@@ -235,21 +242,15 @@ class Segments:
         while (record := _record(data, at)) is not None and record[0] >= self.last:
             number, body = record
             length = _HEAD.size + len(body) + _DIGEST
-            found(number, Place(segment, at, length), body)
+            if body.startswith(_COVERS):
+                self._covered.update(_unpack(body))
+            else:
+                found(number, Place(segment, at, length), body)
             at += length
             self._sizes[segment] = at
             self._lasts[segment] = self.last = number
             self.bytes += length
         return at
-
-    def _is_left(self, data: bytes) -> bool:
-        """Whether a segment was replaced by the one before it, which has all that it holds."""
-        at = 0
-        while (record := _record(data, at)) is not None:
-            if record[0] > self.last:
-                return False
-            at += _HEAD.size + len(record[1]) + _DIGEST
-        return at == len(data) > 0
 
     def _goes_on(self, data: bytes, end: int) -> bool:
         """Whether a whole record stands behind ``end``: then what is damaged there was not the last write's end."""
@@ -285,6 +286,14 @@ def _decode(data: bytes) -> tuple[int, bytes] | None:
 def _encode(number: int, body: bytes) -> tuple[bytes, bytes, bytes]:
     head = _HEAD.pack(_MAGIC, len(body), number)
     return head, body, _digest(head, body)
+
+
+def _pack(segments: Sequence[int]) -> bytes:
+    return b"".join(map(_SEGMENT.pack, segments))
+
+
+def _unpack(body: bytes) -> list[int]:
+    return [segment for (segment,) in _SEGMENT.iter_unpack(body[len(_COVERS) :])]
 
 
 def _write(handle: int, data: bytes) -> None:

@@ -27,7 +27,8 @@ from farshore.fmm.attributes import is_replicated
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _OURS = re.compile(rb"[0-9a-f]{16}")
-_PIN = re.compile(rb"p([0-9a-f]+)\.([0-9a-f]+)")
+#: How the names of files begin that tell how far the tree is in the journal (``progress``).
+PROGRESS = b"since-"
 #: Handles of folders that are kept open.
 _OPEN_FOLDERS = 8
 _PERMISSIONS = stat.S_IRWXU | stat.S_IRWXG | stat.S_IRWXO
@@ -66,16 +67,12 @@ class Stage:
     another mount of the same one), the directory beside the root is used, and at last one within the root; these
     exist only while there is something in them.
 
-    Of what is found there, temporary files go, but for those in ``needed`` and for the pins of operations from
-    ``position`` on, a transaction's number and an operation's.
+    Of what is found there, temporary files go, but for those in ``needed``.
     """
 
-    def __init__(
-        self, root: bytes, state: Path, needed: Container[bytes] = (), position: tuple[int, int] = (0, 0)
-    ) -> None:
+    def __init__(self, root: bytes, state: Path, needed: Container[bytes] = ()) -> None:
         self._root = root
         self._needed = needed
-        self._position = position
         tag = PREFIX + b"stage"
         self._choices = [
             os.fsencode(state) + b"/stage",
@@ -120,7 +117,7 @@ class Stage:
         return Staged(directory, name)
 
     def fixed(self, name: bytes) -> Staged:
-        """A file of a known name, such as a pin's; whoever makes it takes care of it. Raises as ``create``."""
+        """A file of a known name; whoever makes it takes care of it. Raises as ``create``."""
         with self._lock:
             return Staged(self._ready(), name)
 
@@ -163,7 +160,7 @@ class Stage:
         self._made.discard(staged.name)
 
     def release(self, name: bytes) -> None:
-        """Remove a file that is not needed any more, or a pin."""
+        """Remove a file that is not needed any more."""
         with self._lock, contextlib.suppress(OSError):
             os.unlink(name, dir_fd=self._ready())
 
@@ -236,9 +233,8 @@ class Stage:
 
     def _is_left(self, name: bytes) -> bool:
         """Whether nobody needs a file that is found in the stage."""
-        pin = _PIN.fullmatch(name)
-        if pin is not None:
-            return (int(pin[1], 16), int(pin[2], 16)) < self._position
+        if name.startswith(PROGRESS):
+            return name not in self._needed
         return _OURS.fullmatch(name) is not None and name not in self._needed
 
     def _drop(self, choice: bytes) -> None:

@@ -247,17 +247,6 @@ class Tree:
         """The absolute path of ``path``."""
         return self.root + b"/" + path if path else self.root
 
-    def make_parents(self, path: bytes) -> None:
-        """Make sure that ``path`` lies in a directory, whatever stands in the way of that."""
-        parts = path.split(b"/")[:-1]
-        for count in range(1, len(parts) + 1):
-            above = b"/".join(parts[:count])
-            there = self.status(above)
-            if there is None or not stat.S_ISDIR(there.st_mode):
-                self.clear(above, directories=False)
-                parent, name = self._handles.writable_parent(above)
-                os.mkdir(name, 0o700, dir_fd=parent)
-
     def make_directory(self, path: bytes, meta: Meta) -> None:
         """Make sure that a directory stands at ``path``, where no other thing does."""
         with self._expecting(path):
@@ -298,6 +287,7 @@ class Tree:
                     raise
                 # Another filesystem is mounted somewhere below the root.
                 self._copy_beside(staged, parent, name, path, meta)
+                os.fsync(parent)
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(staged.name, dir_fd=staged.directory)
             if self._rescue is not None:
@@ -328,40 +318,19 @@ class Tree:
         self._prepare_name(staged, meta, kind)
         self.put(staged, path, meta)
 
-    def pin(self, path: bytes, pin: Staged) -> bool:
-        """Give the file at ``path`` the name ``pin``, if nothing has it yet; raises BaseUnknown when there is none.
-
-        False when the file can have no further name there.
-        """
-        if _lstat(pin.directory, pin.name) is not None:
-            return True
-        with self._expecting(path):
-            parent, name = self._handles.writable_parent(check(path))
-            try:
-                _link(Staged(parent, name), pin)
-            except OSError as error:
-                if error.errno not in NO_LINK or stat.S_ISDIR(os.lstat(name, dir_fd=parent).st_mode):
-                    raise
-                return False
-        return True
-
-    def link(self, pin: Staged | None, staged: Staged, path: bytes, to: bytes) -> None:
+    def link(self, staged: Staged, path: bytes, to: bytes) -> None:
         """Make ``path`` another name of the file at ``to``, by the free name ``staged``.
 
-        ``pin`` names that file, too; None when it can have no further name there. Then, or when it can have none at
-        ``path``, that becomes a copy, which is told.
+        When it can have none there, that becomes a copy, which is told. Raises BaseUnknown when there is no such file.
         """
-        source = pin
-        if source is None:
-            with self._expecting(to):
-                self._handles.writable_parent(check(to))
-                source = Staged(*self._handles.parent(to))
+        with self._expecting(to):
+            self._handles.writable_parent(check(to))
+            source = Staged(*self._handles.parent(to))
         if self.is_at(path, source):
             return
         with self._expecting(path):
             self._handles.writable_parent(path)
-            if pin is None:
-                source = Staged(*self._handles.parent(to))
+            source = Staged(*self._handles.parent(to))
             parent, name = self._handles.parent(path)
             try:
                 _link(source, staged)
@@ -370,7 +339,7 @@ class Tree:
                     self.unkept.linked(self.full(path), self.full(to))
                 return
             except OSError as error:
-                if error.errno not in NO_LINK:
+                if error.errno not in NO_LINK or stat.S_ISDIR(os.lstat(source.name, dir_fd=source.directory).st_mode):
                     raise
                 cause = f"hard links cannot be kept, copies are: {error.strerror}"
             with contextlib.suppress(FileNotFoundError):
@@ -444,9 +413,9 @@ class Tree:
         there, other = self.status(path), _lstat(staged.directory, staged.name)
         return there is not None and other is not None and (there.st_dev, there.st_ino) == (other.st_dev, other.st_ino)
 
-    def is_link(self, pin: Staged | None, path: bytes) -> bool:
-        """Whether what ``pin`` names, or without one what is at ``path``, is a symbolic link."""
-        there = self.status(path) if pin is None else _lstat(pin.directory, pin.name)
+    def is_link(self, path: bytes) -> bool:
+        """Whether what is at ``path`` is a symbolic link."""
+        there = self.status(path)
         return there is not None and stat.S_ISLNK(there.st_mode)
 
     def _copy_beside(self, source: Staged, parent: int, name: bytes, path: bytes, meta: Meta) -> None:

@@ -1,7 +1,7 @@
 """What operations are about to overwrite, remove or move, looked up and written down before they are applied.
 
-That serves twice. After a crash it tells what an operation found when it was applied for the first time, so that
-applying it again ends alike; and it is the history: undoing it in reverse order leads to what the tree was before.
+That serves twice. After a crash it tells what an operation found that was cut off, so that applying it once more ends
+alike; and it is the history: undoing it in reverse order leads to what the tree was before.
 
 Operations are taken in slices: so many that none meets what another one of its slice has changed, as all of a slice
 is looked up, and made durable, at once.
@@ -59,7 +59,7 @@ class WasDirectory(_Undo, frozen=True, tag="d"):
 
 
 class WasMeta(_Undo, frozen=True, tag="a"):
-    """What is at ``path``, of this device and inode, had this metadata."""
+    """What is at ``path``, of this device and inode, had this metadata; ``links``: so many names, at least."""
 
     meta: Meta
     device: int
@@ -103,20 +103,20 @@ class Step(msgspec.Struct, frozen=True, array_like=True):
 class Todo:
     """An operation to be applied, and what it finds.
 
-    ``again``: it may have been applied before a crash; ``superseded``: it was, and a later operation has taken away
-    what it put there. ``directory``: the lstat of the directory that it moves, or of the one that it takes away with
-    all that is in it.
+    ``count``: how manieth it is after the mark. ``known``: it was looked up before a crash; ``again``: it may have been
+    carried out then; ``done``: it was.
     """
 
     seq: int
     time_ns: int
     number: int
+    count: int
     operation: Operation
     staged: Staged | None
     undo: list[Undo] = field(default_factory=list)
+    known: bool = False
     again: bool = False
-    directory: os.stat_result | None = None
-    superseded: bool = False
+    done: bool = False
 
     @property
     def kept(self) -> Kept | None:
@@ -142,16 +142,41 @@ def name_of(seq: int, number: int) -> bytes:
     return b"%x.%x" % (seq, number)
 
 
+class _Meets(Exception):
+    """An operation meets what its slice changes."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Touched:
+    """What a slice has done at a path: in transaction ``seq``; ``origin`` is where that lies now, None when it is new.
+
+    ``replaced``: something else is there than before; ``moved_here``: and it is nowhere else.
+    """
+
+    seq: int
+    origin: bytes | None
+    replaced: bool = False
+    moved_here: bool = False
+
+
+_Path = tuple[int, bytes]
+
+
 class Slicer:
     """Cuts operations into slices and looks up what each finds. ``folder`` names where things are kept now."""
 
     def __init__(self, looks: Sequence[Look], folder: Callable[[], bytes]) -> None:
         self._looks = looks
         self._folder = folder
-        #: What this slice changes, by root and path: the transaction that did, and whether it has a new object there.
-        self._touched: dict[tuple[int, bytes], tuple[int, bool]] = {}
-        self._made: set[tuple[int, bytes]] = set()
-        self._timed: set[tuple[int, bytes]] = set()
+        #: What this slice changes, by root and path.
+        self._touched: dict[_Path, _Touched] = {}
+        #: The directories that it lies in, at any depth.
+        self._above: set[_Path] = set()
+        #: Directories that this slice makes.
+        self._made: set[_Path] = set()
+        self._timed: set[_Path] = set()
+        #: By device and inode, files of several names whose metadata it changes: the transaction that does.
+        self._inodes: dict[tuple[int, int], int] = {}
 
     def slice(self, todos: Sequence[Todo]) -> int:
         """How many of ``todos``, at least one, are the next slice; they are given what they find.
@@ -159,90 +184,118 @@ class Slicer:
         One that moves or takes away a directory is a slice of its own. Raises nothing: what cannot be looked up is told
         when it is applied.
         """
-        self._touched.clear()
-        self._made.clear()
-        self._timed.clear()
+        for each in (self._touched, self._above, self._made, self._timed, self._inodes):
+            each.clear()
         for count, todo in enumerate(todos):
-            if count and (count >= MOST or todo.again != todos[0].again):
+            if count and (count >= MOST or todo.known != todos[0].known):
                 return count
-            if todo.again:
+            if todo.known:
                 continue
-            operation = todo.operation
-            if self._meets(todo.seq, operation):
+            if count and self._meets(todo.seq, todo.operation):
                 return count
             try:
                 self._look(todo)
+            except _Meets:
+                todo.undo.clear()
+                return count
             except Exception:
                 # It will fail in the same way when it is applied, and be told then.
                 todo.undo.clear()
-            if todo.directory is not None:
+            if any(map(_is_of_directory, todo.undo)):
                 if count:
                     todo.undo.clear()
-                    todo.directory = None
                     return count
                 return 1
+            self._note_above(todo.operation.root, todo.operation.path)
         return len(todos)
 
     def _meets(self, seq: int, operation: Operation) -> bool:
         """Whether an operation meets what this slice changes, so that a look at the tree now would be wrong."""
-        touched = self._touched
-        if not touched:
-            return False
         root, path = operation.root, operation.path
-        mine = touched.get((root, path))
-        if mine is not None and (mine[0] != seq or isinstance(operation, (Move, Remove))):
+        here = root, path
+        mine = self._touched.get(here)
+        if mine is not None and (mine.seq != seq or isinstance(operation, (Move, Remove))):
             return True
-        if isinstance(operation, Move) and (root, operation.to) in touched:
+        if isinstance(operation, Move):
+            to = root, operation.to
+            if to in self._touched or to in self._above:
+                return True
+        if isinstance(operation, Link):
+            linked = self._touched.get((root, operation.to))
+            if linked is not None and linked.seq != seq:
+                return True
+        if not isinstance(operation, (MakeDir, SetMeta)) and (
+            here in self._above or (mine is not None and mine.moved_here)
+        ):
             return True
-        parent = touched.get((root, path.rpartition(b"/")[0])) if path else None
-        return parent is not None and parent[0] != seq
+        parent = self._touched.get((root, path.rpartition(b"/")[0])) if path else None
+        return parent is not None and parent.seq != seq
+
+    def _note_above(self, root: int, path: bytes) -> None:
+        above = self._above
+        while path:
+            path = path.rpartition(b"/")[0]
+            if (root, path) in above:
+                return
+            above.add((root, path))
 
     def _look(self, todo: Todo) -> None:
         operation = todo.operation
         root, path, look = operation.root, operation.path, self._looks[operation.root]
-        before = self._touched.get((root, path))
+        here = root, path
+        before = self._touched.get(here)
         if isinstance(operation, SetMeta):
+            if before is None or before.origin is not None:
+                self._note_meta(todo, look, path if before is None or before.origin is None else before.origin)
             if before is None:
-                self._note_meta(todo, look, path)
-                self._touched[root, path] = (todo.seq, False)
+                self._touched[here] = _Touched(todo.seq, path)
             return
-        parent = path.rpartition(b"/")[0]
-        fresh = bool(path) and (root, parent) in self._made
-        there = None if fresh else look.status(path)
+        there = None if path and (root, path.rpartition(b"/")[0]) in self._made else look.status(path)
         if isinstance(operation, MakeDir):
             if before is not None:
                 return
             if there is not None and stat.S_ISDIR(there.st_mode):
                 self._note_meta(todo, look, path)
-                self._touched[root, path] = (todo.seq, False)
+                self._touched[here] = _Touched(todo.seq, path)
                 return
-            self._made.add((root, path))
-        elif before is not None and before[1]:
-            # Made by this very transaction: what was there before is noted.
+            self._made.add(here)
+        elif before is not None and before.replaced:
+            # Put there by this very transaction: what was there before is noted.
+            self._touched[here] = _Touched(todo.seq, self._origin(operation), replaced=True)
             return
         if isinstance(operation, Move):
             if there is None:
                 return
             self._take_away(todo, look, operation.to, look.status(operation.to), replaced=True)
-            directory = stat.S_ISDIR(there.st_mode)
-            if directory:
-                todo.directory = there
-            todo.undo.append(Moved(todo.number, root, path, operation.to, directory))
+            todo.undo.append(Moved(todo.number, root, path, operation.to, stat.S_ISDIR(there.st_mode)))
             self._note_times(todo, look, operation.to)
-            self._touched[root, operation.to] = (todo.seq, True)
+            self._touched[root, operation.to] = _Touched(todo.seq, path, replaced=True, moved_here=True)
+            self._note_above(root, operation.to)
         elif isinstance(operation, Remove):
             if there is None:
                 return
             self._take_away(todo, look, path, there, replaced=False)
         elif there is None:
             todo.undo.append(Absent(todo.number, root, path))
-        elif not isinstance(operation, Link) or not self._is_linked(look, operation, there):
+        elif isinstance(operation, Link) and self._is_linked(look, operation, there):
+            self._touched[here] = before or _Touched(todo.seq, path)
+            return
+        else:
             self._take_away(todo, look, path, there, replaced=True)
         self._note_times(todo, look, path)
-        self._touched[root, path] = (todo.seq, True)
+        self._touched[here] = _Touched(todo.seq, self._origin(operation), replaced=True)
 
-    @staticmethod
-    def _is_linked(look: Look, operation: Link, there: os.stat_result) -> bool:
+    def _origin(self, operation: Operation) -> bytes | None:
+        """Where that is now what an operation puts at its path; None when it is new."""
+        if not isinstance(operation, Link):
+            return None
+        linked = self._touched.get((operation.root, operation.to))
+        return operation.to if linked is None else linked.origin
+
+    def _is_linked(self, look: Look, operation: Link, there: os.stat_result) -> bool:
+        if (operation.root, operation.to) in self._touched:
+            # What is there now is not what it will be a name of.
+            return False
         other = look.status(operation.to)
         return other is not None and (other.st_dev, other.st_ino) == (there.st_dev, there.st_ino)
 
@@ -252,11 +305,9 @@ class Slicer:
             if replaced:
                 todo.undo.append(Absent(todo.number, root, path))
             return
-        if stat.S_ISDIR(there.st_mode):
-            if look.is_empty(path):
-                todo.undo.append(WasDirectory(todo.number, root, path, look.metadata(path, there)))
-                return
-            todo.directory = there
+        if stat.S_ISDIR(there.st_mode) and look.is_empty(path):
+            todo.undo.append(WasDirectory(todo.number, root, path, look.metadata(path, there)))
+            return
         todo.undo.append(
             Kept(
                 todo.number,
@@ -272,13 +323,21 @@ class Slicer:
             )
         )
 
-    def _note_meta(self, todo: Todo, look: Look, path: bytes) -> None:
-        there = look.status(path)
-        if there is not None:
-            meta = look.metadata(path, there)
-            todo.undo.append(
-                WasMeta(todo.number, todo.operation.root, path, meta, there.st_dev, there.st_ino, _names(there))
-            )
+    def _note_meta(self, todo: Todo, look: Look, origin: bytes) -> None:
+        """Note the metadata of what an operation changes, which is at ``origin`` now."""
+        there = look.status(origin)
+        if there is None:
+            return
+        operation = todo.operation
+        identity = there.st_dev, there.st_ino
+        if self._inodes.get(identity, todo.seq) != todo.seq:
+            raise _Meets
+        # Whoever has another name by then may have it still when this one is gone.
+        names = _names(there) if origin == operation.path else max(_names(there), 2)
+        if names > 1:
+            self._inodes[identity] = todo.seq
+        meta = look.metadata(origin, there)
+        todo.undo.append(WasMeta(todo.number, operation.root, operation.path, meta, *identity, names))
 
     def _note_times(self, todo: Todo, look: Look, path: bytes) -> None:
         """The times of the directory that ``path`` lies in, once for each transaction."""
@@ -291,6 +350,11 @@ class Slicer:
         if there is not None:
             # Undone last, so it comes first.
             todo.undo.insert(0, Times(todo.number, root, parent, there.st_atime_ns, there.st_mtime_ns))
+
+
+def _is_of_directory(entry: Undo) -> bool:
+    """Whether a directory is moved, or taken away with what is in it: then all paths below it mean something else."""
+    return (isinstance(entry, Moved) and entry.directory) or (isinstance(entry, Kept) and stat.S_ISDIR(entry.kind))
 
 
 def _names(there: os.stat_result) -> int:

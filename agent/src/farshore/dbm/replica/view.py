@@ -132,6 +132,9 @@ class View:
             names[name] = node
 
     def _remember(self, entry: WasMeta) -> None:
+        # By its inode: other names of the same file had it, too, wherever they are by now. What was given the number
+        # since then did not exist at that time, so it is not seen any more.
+        self._metas[entry.device, entry.inode] = entry.meta
         node = self.find(entry.path)
         if node is None:
             return
@@ -140,8 +143,6 @@ class View:
             return
         status = os.lstat(node.place)
         if (status.st_dev, status.st_ino) == (entry.device, entry.inode):
-            # By its inode: another name of the same file had it, too.
-            self._metas[entry.device, entry.inode] = entry.meta
             node.times = None
 
     def _remember_times(self, path: bytes, atime: int, mtime: int) -> None:
