@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from pasts import SECOND, Past, random_meta
 
@@ -47,6 +47,8 @@ def test_every_state_can_be_gone_back_to(seed: int) -> None:
 
 @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 @given(seed=st.integers(0, 2**32))
+@example(seed=38)  # A file is moved into a directory that goes, and both are of one day.
+@example(seed=8198)
 def test_ageing_keeps_a_state_for_each_hour_and_day(seed: int) -> None:
     base = Path(tempfile.mkdtemp(prefix="farshore-history-"))
     past = Past(base, seed, Retention("1h", "1d", "10d", "90%"))

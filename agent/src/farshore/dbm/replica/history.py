@@ -367,6 +367,11 @@ def merge(steps: Sequence[Step]) -> tuple[list[Step], list[Kept]]:
                 else:
                     for known in (objects, metas, times):
                         known -= {key, (entry.root, entry.to)}
+                    # What it came to lie in may be new, and yet be needed for what lies there now.
+                    above = entry.to
+                    while above:
+                        above = above.rpartition(b"/")[0]
+                        objects.discard((entry.root, above))
                 entries.append(entry)
             elif isinstance(entry, (Kept, WasMeta)) and entry.links > 1:
                 if isinstance(entry, Kept):
