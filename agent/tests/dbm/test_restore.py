@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from nodes import Mirror, Pair
+from nodes import Mirror, Pair, until
 from trees import differences
 
 from farshore.cli.history import parse_when
@@ -19,7 +19,7 @@ from farshore.dbm.replica.history import NotRemembered
 from farshore.dbm.replica.restore import CannotRestore, When
 from farshore.errors import UsageError
 
-FILES = 400
+FILES = 5000
 
 
 def encrypt(tree: Path) -> None:
@@ -39,6 +39,38 @@ def fill(tree: Path) -> None:
         os.utime(path, ns=(10**18 + number, 10**18 + number))
     os.link(tree / "d0" / "f0", tree / "d1" / "another name")
     (tree / "link").symlink_to("d0/f0")
+
+
+async def test_a_ransomware_run_is_held_before_much_is_lost(pair: Pair, tmp_path: Path) -> None:
+    for node in (pair.local, pair.remote):
+        config: Any = node.groups["web"].config
+        object.__setattr__(config, "brake", BrakeConfig())
+    fill(pair.local_tree)
+    await pair.own("local", 1)
+    local, remote = pair.local.groups["web"], pair.remote.groups["web"]
+    await local.flush(60)
+    seq = (await local.status()).seq
+    before = tmp_path / "good"
+    await asyncio.to_thread(subprocess.run, ["cp", "-a", str(pair.local_tree), str(before)], check=True)
+    encryption = asyncio.create_task(asyncio.to_thread(encrypt, pair.local_tree))
+    await until(lambda: remote._applier is not None and remote._applier.held is not None, "held")
+    await encryption
+    await local.flush(60, durable=True)
+    status = await remote.status()
+    assert status.state == "held"
+    assert "encrypted" in status.held or "rewritten or removed" in status.held
+    originals = [path.relative_to(before) for path in before.rglob("*") if path.is_file() and not path.is_symlink()]
+    unharmed = [
+        path
+        for path in originals
+        if (pair.remote_tree / path).exists() and (pair.remote_tree / path).read_bytes() == (before / path).read_bytes()
+    ]
+    assert len(originals) == FILES + 1
+    assert len(unharmed) > FILES * 0.9
+    # What had passed until then comes back from the history; what is held is set aside with the promotion.
+    await remote.set_owner("remote", 2, False)
+    await remote.restore("", When(seq=seq), "")
+    assert differences(before, pair.remote_tree) == []
 
 
 async def test_a_ransomware_run_is_undone_bit_by_bit(pair: Pair, tmp_path: Path) -> None:

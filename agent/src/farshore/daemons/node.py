@@ -12,13 +12,13 @@ import sys
 import time
 from pathlib import Path
 
-from farshore import __version__, durable, log, notify, tls
+from farshore import __version__, log, notify, tls
 from farshore.config import NodeConfig, load
 from farshore.control import api, client, server
 from farshore.daemons import rights
 from farshore.daemons.admission import MOST_OF_OTHER, MOST_OF_PEER
 from farshore.daemons.listener import FIRST_FRAME_SECONDS, Caller, Listener
-from farshore.dbm import receiver, wire
+from farshore.dbm import layout, receiver, wire
 from farshore.dbm.group import Group
 from farshore.dbm.messages import Hello, Refused
 from farshore.dbm.replica.restore import When
@@ -59,7 +59,7 @@ class Node:
 
     async def start(self, socket_path: Path | None) -> None:
         """Listen on TLS and, if given, on the control socket; raises StateError when another node has the state."""
-        self._lock = durable.lock(self.config.state_dir, "another process uses it")
+        self._lock = layout.open_state(self.config.state_dir)
         for group in self.groups.values():
             await group.recover()
         self._listener.start()

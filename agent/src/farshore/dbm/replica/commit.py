@@ -2,8 +2,8 @@
 
 ``accept`` makes transactions durable: from then on the source is told that they are there, and they survive a power
 cut. ``work`` applies what has been accepted: what each operation finds is written down first (``undo``), so that
-carrying it out once more after a crash ends alike, and so that there is a history (``history``). How far each tree is, its
-own filesystem tells (``progress``). From time to time the trees are synced and the journal's mark is moved
+carrying it out once more after a crash ends alike, and so that there is a history (``history``). How far each tree
+is, its own filesystem tells (``progress``). From time to time the trees are synced and the journal's mark is moved
 (``checkpoint``).
 
 An operation that the tree does not allow, as it is not what the source believes, is left out, and its path is in doubt:
@@ -19,7 +19,6 @@ import io
 import itertools
 import os
 import shutil
-import struct
 import threading
 import time
 from collections import OrderedDict, deque
@@ -96,7 +95,6 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 _ENTRIES_PER_FRAME = 200
 #: Characters of the reason in a Nak.
 _MAX_REASON = 1000
-_NUMBER = struct.Struct(">Q")
 _OPERATIONS: wire.Codec[Operation] = wire.Codec(Operation)
 
 
@@ -941,13 +939,6 @@ class Applier:
             self.diverged = str(error)
             path.rename(path.with_suffix(".damaged"))
             mark = Mark(path)
-        old = state / "started"
-        if old.exists():
-            # Version 1 had no journal: the last transaction that was begun, in full or in part.
-            data = old.read_bytes()
-            if mark.fresh and len(data) >= _NUMBER.size:
-                mark.move(Position(int(_NUMBER.unpack(data[: _NUMBER.size])[0])))
-            old.unlink()
         return mark
 
     def _end(self) -> None:
