@@ -772,9 +772,12 @@ class Applier:
         """
         self._found = [progress.read(self._mark.position) for progress in self._progress]
         last = max(self._found)
-        repair = Repair(self.trees, self.stages)
         with self._lock:
             waiting = list(self._waiting)
+        by_seq = {each.seq: each for each in waiting}
+        repair = Repair(
+            self.trees, self.stages, lambda seq: [operation for operation, _ in self._read(by_seq[seq]).operations]
+        )
         for each in waiting:
             if self._count >= last:
                 break

@@ -10,15 +10,15 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from farshore.dbm.messages import Copy, Link, MakeNode, MakeSymlink, Meta, Move, Patch, Put
+from farshore.dbm.messages import Copy, Link, MakeNode, MakeSymlink, Meta, Move, Operation, Patch, Put
 from farshore.dbm.replica import metadata
 from farshore.dbm.replica.paths import Handles, open_regular
 from farshore.dbm.replica.stage import Stage
 from farshore.dbm.replica.tree import Tree, read_meta
-from farshore.dbm.replica.undo import Kept, Todo
+from farshore.dbm.replica.undo import Kept, Moved, Todo
 from farshore.errors import UnsafePath
 from farshore.log import Log
 
@@ -35,12 +35,20 @@ class _Place(NamedTuple):
 
 
 class Repair:
-    """Follows the operations that were applied after the mark, in their order, and then puts contents right."""
+    """Follows the operations that were applied after the mark, in their order, and then puts contents right.
 
-    def __init__(self, trees: Sequence[Tree], stages: Sequence[Stage]) -> None:
+    ``read`` gives the operations of a transaction.
+    """
+
+    def __init__(
+        self, trees: Sequence[Tree], stages: Sequence[Stage], read: Callable[[int], Sequence[Operation]]
+    ) -> None:
         self._trees = trees
         self._stages = stages
-        self._contents: dict[_Place, bytes] = {}
+        self._read = read
+        #: The transaction and the operation that each content came with.
+        self._contents: dict[_Place, tuple[int, int]] = {}
+        self._transaction: tuple[int, Sequence[Operation]] = (0, ())
         self._clock = metadata.Clock()
 
     def follow(self, todo: Todo) -> None:
@@ -49,14 +57,16 @@ class Repair:
         root, path = operation.root, operation.path
         for entry in todo.undo:
             if isinstance(entry, Kept):
-                self._move(_Place(root, False, entry.path), _Place(root, True, entry.folder + b"/" + entry.name))
+                kept = _Place(root, True, entry.folder + b"/" + entry.name)
+                self._move(_Place(root, False, entry.path), kept, directory=stat.S_ISDIR(entry.kind))
         match operation:
-            case Put(data=data):
-                self._contents[_Place(root, False, path)] = data
+            case Put():
+                self._contents[_Place(root, False, path)] = todo.seq, todo.number
             case Patch() | Copy() | MakeSymlink() | MakeNode():
                 self._contents.pop(_Place(root, False, path), None)
             case Move(to=to):
-                self._move(_Place(root, False, path), _Place(root, False, to))
+                directory = any(isinstance(entry, Moved) and entry.directory for entry in todo.undo)
+                self._move(_Place(root, False, path), _Place(root, False, to), directory=directory)
             case Link(to=to):
                 linked = self._contents.get(_Place(root, False, to))
                 if linked is None:
@@ -64,10 +74,11 @@ class Repair:
                 else:
                     self._contents[_Place(root, False, path)] = linked
 
-    def _move(self, place: _Place, to: _Place) -> None:
-        data = self._contents.pop(place, None)
-        if data is not None:
-            self._contents[to] = data
+    def _move(self, place: _Place, to: _Place, *, directory: bool) -> None:
+        if not directory:
+            content = self._contents.pop(place, None)
+            if content is not None:
+                self._contents[to] = content
             return
         below = place.path + b"/"
         same = place.root, place.kept
@@ -77,8 +88,12 @@ class Repair:
     def run(self) -> int:
         """Returns how many files were put right; raises OSError, StateError."""
         count = 0
-        for place, data in self._contents.items():
-            if self._put_right(place, data):
+        for place, (seq, number) in self._contents.items():
+            if self._transaction[0] != seq:
+                self._transaction = seq, self._read(seq)
+            operation = self._transaction[1][number]
+            assert isinstance(operation, Put)
+            if self._put_right(place, operation.data):
                 count += 1
         if count:
             _log.warning("contents that a power cut took were written anew", files=count)
