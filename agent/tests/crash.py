@@ -366,11 +366,12 @@ class Campaign:
             raise Failed(f"torn files were seen: {torn[:500]}")
 
     def _check_leftovers(self) -> None:
-        """Nothing of ours stays in the trees once all is at rest."""
-        for directory, names, files in os.walk(self.tree("replica")):
-            for name in names + files:
-                if name.startswith(".farshore"):
-                    raise Failed(f"{directory}/{name} was left behind")
+        """Nothing of ours but the history stays in the trees once all is at rest."""
+        deadline = time.monotonic() + _FLUSH_SECONDS
+        while left := [path for path in self.tree("replica").rglob(".farshore*") if not _is_history(path)]:
+            if time.monotonic() > deadline:
+                raise Failed(f"{left[0]} was left behind, and has {os.listdir(left[0])[:5]}")
+            time.sleep(0.1)
 
     def _check_snapshots(self) -> None:
         """When the source has ended in good order, nothing tells of snapshots any more."""
@@ -471,6 +472,11 @@ class Campaign:
 
     def _log(self, name: str) -> Path:
         return self.base / f"{name}.log"
+
+
+def _is_history(path: Path) -> bool:
+    """Whether a stage has nothing but what the history keeps, in folders of it."""
+    return path.name.startswith(".farshore-stage") and all(name[:1] == "h" for name in os.listdir(path))
 
 
 # --- what the children do

@@ -635,6 +635,42 @@ def test_the_other_names_of_what_is_in_doubt_are_looked_at(source: Source) -> No
     assert paths_of(sent, Remove) == [b"b"]
 
 
+@pytest.mark.parametrize("way", ["replaced", "removed", "with its directory"])
+def test_other_names_are_looked_at_though_the_connection_ends(source: Source, way: str) -> None:
+    """What was written through a name that is gone shows under the others; the index forgets at once who they are."""
+    (source.tree / "d").mkdir()
+    (source.tree / "large").write_bytes(os.urandom(100_000))
+    os.link(source.tree / "large", source.tree / "d" / "name")
+    (source.tree / "new").write_text("new")
+    source.tell()
+    os.setxattr(source.tree / "d" / "name", b"user.note", b"x")
+    changed = b"d" if way == "with its directory" else b"d/name"
+    if way == "replaced":
+        (source.tree / "new").rename(source.tree / "d" / "name")
+    elif way == "removed":
+        (source.tree / "d" / "name").unlink()
+    else:
+        shutil.rmtree(source.tree / "d")
+    batch = Batch.of([Dirty(0, changed, Kind.DELETED | Kind.CREATED, 0, 1, frozenset())])
+    (work,) = batch.works
+    source.all(batch)
+    # The large file is to be read, when the connection ends: all jobs are forgotten, and the work is dirty again.
+    assert source.planner.new_jobs
+    assert work.left
+    source.planner.forget_jobs()
+    batch = Batch.of([work.item])
+    sent = source.all(batch)
+    while source.planner.new_jobs:
+        job = source.planner.new_jobs.pop()
+        source.read(job)
+        sent += source.all(source.planner.deliver(job))
+    assert [
+        (message.path, message.meta.xattrs)
+        for message in sent
+        if isinstance(message, SetMeta) and message.path == b"large"
+    ] == [(b"large", [(b"user.note", b"x")])]
+
+
 def test_two_large_files_that_got_each_others_inodes(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each is looked at because of the other; both are read once."""
     monkeypatch.setattr(planning, "LOOK_SECONDS", 0.001)

@@ -486,9 +486,9 @@ class Planner:
         elif self._has_root(root):
             self._forget_problems(root, path)
             self._unreadable.pop((root, path), None)
+            self._look_behind(batch, root, path, None, work)
             if known is not None:
                 self._remove(batch, known, work)
-            self._look_behind(batch, root, path, None, work)
 
     def _remove(self, batch: Batch, known: Known, work: Work) -> None:
         self._look_at_other_names(batch, known, work)
@@ -498,9 +498,13 @@ class Planner:
     def _look_at_other_names(self, batch: Batch, lost: Known, work: Work) -> None:
         """A name is lost: what was written through it shows under the other names of the file, unannounced."""
         names = self._index.linked_below(lost.root, lost.path) if lost.kind is FileKind.DIRECTORY else [lost]
+        inodes = set()
         for name in names:
             for other in self._names_besides(name):
+                inodes.add((name.dev, name.ino))
                 batch.look(other.root, other.path, Kind.MODIFIED, work)
+        # If the connection ends before that is done, the index does not tell any more what the name stood for.
+        work.remember(inodes)
 
     def _look_behind(self, batch: Batch, root: int, path: bytes, status: os.stat_result | None, work: Work) -> None:
         """Look at the files that had the path as another name of theirs, and have not any more."""

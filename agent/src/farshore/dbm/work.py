@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from farshore.fmm.dirty import Dirty
-from farshore.fmm.types import Kind
+from farshore.fmm.types import Inode, Kind
 
 
 class Work:
@@ -21,6 +21,11 @@ class Work:
         self.item = item
         self.left = 0
         self.seq = 0
+
+    def remember(self, inodes: set[Inode]) -> None:
+        """Files whose other names are to be looked at belong to this: whoever begins it anew looks at them as well."""
+        if inodes - self.item.inodes:
+            self.item = replace(self.item, inodes=self.item.inodes | inodes)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,8 @@ from farshore.fmm.types import Hint, Inode, Kind
 _Key = tuple[int, bytes]
 #: So many files of several names are remembered for one path; after that everything below its root is in doubt.
 MOST_INODES = 64
+#: As many when they were found while the path was looked at.
+MOST_INODES_LATER = 50_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +119,9 @@ class DirtySet:
                     entry.mark_no = min(entry.mark_no, item.mark_no)
                 heapq.heappush(self._queue, (entry.mark_no, key))
                 entry.inodes |= item.inodes
+                if len(entry.inodes) > MOST_INODES_LATER:
+                    entry.inodes = frozenset()
+                    self._entry((item.root, b""), Kind.RESCAN, self._latest)
             self._tidy()
             if self._dirty:
                 self._changed.notify_all()
