@@ -370,7 +370,7 @@ class Campaign:
         deadline = time.monotonic() + _FLUSH_SECONDS
         while left := [path for path in self.tree("replica").rglob(".farshore*") if not _is_history(path)]:
             if time.monotonic() > deadline:
-                raise Failed(f"{left[0]} was left behind, and has {os.listdir(left[0])[:5]}")
+                raise Failed(f"{left[0]} was left behind, and has {sorted(left[0].glob('*'))[:5]}")
             time.sleep(0.1)
 
     def _check_snapshots(self) -> None:
@@ -476,7 +476,9 @@ class Campaign:
 
 def _is_history(path: Path) -> bool:
     """Whether a stage has nothing but what the history keeps, in folders of it."""
-    return path.name.startswith(".farshore-stage") and all(name[:1] == "h" for name in os.listdir(path))
+    with contextlib.suppress(FileNotFoundError):
+        return path.name.startswith(".farshore-stage") and all(name[:1] == "h" for name in os.listdir(path))
+    return True
 
 
 # --- what the children do
