@@ -16,7 +16,8 @@ from trees import differences
 from farshore.cli.history import parse_when
 from farshore.config import BrakeConfig
 from farshore.dbm.replica.history import NotRemembered
-from farshore.dbm.replica.restore import CannotRestore, When
+from farshore.dbm.replica.exchange import CannotRestore
+from farshore.dbm.replica.restore import When
 from farshore.errors import UsageError
 
 FILES = 400

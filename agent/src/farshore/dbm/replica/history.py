@@ -207,6 +207,20 @@ class History:
             raise NotRemembered("the history", f"reaches back to {_clock(self.chapters[0].first_ns)} only")
         return found
 
+    def time_of(self, seq: int) -> int:
+        """The wall clock, in ns, when the state after transaction ``seq`` was reached; 0 when that is too long ago.
+
+        Raises StateError.
+        """
+        for chapter in reversed(self.chapters):
+            if chapter.last <= seq:
+                return chapter.last_ns
+            if chapter.first <= seq:
+                times = [step.time_ns for step in self.steps(chapter) if step.seq <= seq]
+                if times:
+                    return times[-1]
+        return 0
+
     def check_seq(self, seq: int, applied: int) -> int:
         """The state after transaction ``seq``, or the nearest one before it that is remembered."""
         if not 0 <= seq <= applied:
