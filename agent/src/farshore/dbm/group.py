@@ -243,7 +243,7 @@ class Group:
         """As ``_stop_replica``, with all in the tree that was acknowledged; raises StateError when that cannot be.
 
         Returns the state that the trees are to be put back to, if that was asked for. Raises CannotRestore when it
-        cannot be had; then nothing is set aside, and this node can go on as replica.
+        cannot be had. Then nothing is set aside, and this node can go on as replica.
         """
         if self._applier is not None:
             self._applier.interrupt()
@@ -252,7 +252,7 @@ class Group:
         if self._record.back_to is not None or (self._state / "journal").exists():
             try:
                 made = await self._in_worker(self._drain)
-            except CannotRestore:
+            except (FarshoreError, OSError):
                 await self._in_worker(self._reopen_applier)
                 raise
         await self._in_worker(self._close_applier)

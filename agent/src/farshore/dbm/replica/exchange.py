@@ -122,10 +122,12 @@ def carry_out(roots: Places, name: str, numbers: Sequence[int], or_nothing: bool
     changed, and OSError.
     """
     works = [_find(*roots[number], name) for number in numbers if number < len(roots)]
-    orders = [_read(work) for work in works]
+    orders: list[_Ready] = []
     done: list[tuple[bytes, bytes]] = []
-    times = {work.root: os.stat(work.root) for work in works if os.path.isdir(work.root)}
+    times: dict[bytes, os.stat_result] = {}
     try:
+        orders += [_read(work) for work in works]
+        times |= {work.root: os.stat(work.root) for work in works if os.path.isdir(work.root)}
         for work, ready in zip(works, orders, strict=True):
             _exchange(work, ready, done)
     except OSError as error:
