@@ -8,6 +8,7 @@ import errno
 import os
 import random
 import subprocess
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -515,6 +516,34 @@ def exchanging(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     monkeypatch.setattr(os, "rename", counted)
 
 
+async def test_a_promotion_that_is_over_before_it_is_done_is_given_up(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seq, _ = await two_states(pair)
+    remote = pair.remote.groups["web"]
+    await remote.restore_on_promotion(When(seq=seq))
+    copying = threading.Event()
+    copy = view._copy_content
+
+    def slow(source: bytes, target: bytes) -> None:
+        copying.set()
+        assert remote._ending.wait(30)
+        copy(source, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(view, "_copy_content", slow)
+        promotion = asyncio.create_task(remote.set_owner("remote", 2, False))
+        await asyncio.to_thread(copying.wait, 30)
+        assert "becomes the owner with the state" in (await remote.status()).reason
+        # The monitor has lost its patience, and the local server has the group again.
+        await remote.set_owner("local", 3, False)
+        with pytest.raises(CannotRestore, match="the owner changes"):
+            await promotion
+    assert (remote.owns, remote.epoch) == (False, 3)
+    assert (await remote.status()).back_to == seq
+    assert works(pair) == []
+
+
 async def test_what_is_held_stays_held_when_a_promotion_fails(pair: Pair) -> None:
     for node in (pair.local, pair.remote):
         config: Any = node.groups["web"].config
@@ -534,7 +563,8 @@ async def test_what_is_held_stays_held_when_a_promotion_fails(pair: Pair) -> Non
         await remote.set_owner("remote", 2, False)
     assert (await remote.status()).state == "held"
     await remote.approve()
-    await until(lambda: not differences(pair.local_tree, pair.remote_tree), "applied")
+    await local.flush(60)
+    assert differences(pair.local_tree, pair.remote_tree) == []
 
 
 async def test_copies_that_were_cut_off_are_removed(pair: Pair) -> None:
