@@ -43,14 +43,18 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "restore",
         help="bring back what a group's replica was",
         description="Brings back a file, a directory or a whole group as it was. With --to, copies are made; with "
-        "--in-place, on the server that owns the group now, they take the place of what is there, which is kept.",
+        "--in-place, on the server that owns the group now, they take the place of what is there, which is kept. With "
+        "--on-promotion, on the replica's server, that is done to the whole group when this server becomes its owner, "
+        "before its services start.",
     )
     parser.add_argument("group", metavar="GROUP")
     parser.add_argument("path", nargs="?", default="", metavar="PATH", help="as it is here; default: the whole group")
-    parser.add_argument("--at", required=True, metavar="TIME|SEQ", help=_WHEN)
+    parser.add_argument("--at", metavar="TIME|SEQ", help=_WHEN)
     place = parser.add_mutually_exclusive_group(required=True)
     place.add_argument("--to", metavar="DIR", help="a directory apart from the group's; made if it is missing")
     place.add_argument("--in-place", action="store_true", help="only where the group's owner is")
+    place.add_argument("--on-promotion", action="store_true", help="only where the group's replica is")
+    parser.add_argument("--cancel", action="store_true", help="take back what --on-promotion has asked for")
     daemon.add_place(parser)
     parser.set_defaults(func=run_restore)
 
@@ -97,13 +101,27 @@ def run_history(arguments: argparse.Namespace) -> int:
 
 def run_restore(arguments: argparse.Namespace) -> int:
     """Carry it out, telling how far it is."""
-    seq, time_ns = parse_when(arguments.at, time.time())
+    if arguments.cancel and not arguments.on_promotion:
+        raise UsageError("--cancel is allowed with --on-promotion only")
+    if arguments.cancel and arguments.at is not None:
+        raise UsageError("--at and --cancel exclude each other")
+    if arguments.on_promotion and arguments.path:
+        raise UsageError("--on-promotion is for the whole group; no PATH is allowed")
+    if arguments.at is None and not arguments.cancel:
+        raise UsageError(f"--at is needed; allowed: {_WHEN}")
+    seq, time_ns = (None, None) if arguments.cancel else parse_when(arguments.at, time.time())
+    if arguments.on_promotion:
+        wish = api.RestoreOnPromotion(arguments.group, seq, time_ns, arguments.cancel)
+        answer = daemon.ask_node(arguments, wish, _TIMEOUT)
+        if isinstance(answer, api.Done):
+            print(answer.detail)
+        return 0
     path = os.path.abspath(arguments.path) if arguments.path else ""
     target = os.path.abspath(arguments.to) if arguments.to else ""
     request = api.Restore(arguments.group, path, seq, time_ns, target)
-    answer = asyncio.run(_ask(arguments, request))
-    if isinstance(answer, api.Done):
-        print(answer.detail)
+    done = asyncio.run(_ask(arguments, request))
+    if isinstance(done, api.Done):
+        print(done.detail)
     return 0
 
 

@@ -73,6 +73,7 @@ def _describe(answer: api.Answer) -> Iterable[str]:
         yield from _table(rows)
         for group in answer.groups.values():
             yield from _held(group, "")
+            yield from _restored(group, "")
             if group.verification is not None:
                 yield f"  verified {group.group}: {_verification(group.verification)}"
             for problem in group.problems:
@@ -91,6 +92,7 @@ def _describe(answer: api.Answer) -> Iterable[str]:
             for where, node in (("local", switch.local), ("backup", switch.backup)):
                 if node is not None:
                     yield from _held(node, f" on the {where} server")
+                    yield from _restored(node, f" on the {where} server")
 
 
 def _held(group: api.GroupStatus, where: str) -> Iterable[str]:
@@ -104,6 +106,18 @@ def _held(group: api.GroupStatus, where: str) -> Iterable[str]:
     if group.state == "rejected":
         choice = f"'farshore approve {group.group}', or a change of the owner"
     yield f"       {choice}{where} ends it; see docs/brake.md"
+
+
+def _restored(group: api.GroupStatus, where: str) -> Iterable[str]:
+    """To what the next promotion goes back, and what was put in place."""
+    if group.back_to is not None:
+        since = ""
+        if group.back_to_time:
+            since = time.strftime(" of %Y-%m-%d %H:%M:%S", time.localtime(group.back_to_time))
+        state = f"the state after transaction {group.back_to}{since}"
+        yield f"  RESTORE {group.group}{where}: the next promotion takes {state}"
+    if group.restored:
+        yield f"  restored {group.group}{where}: {group.restored}"
 
 
 def _verification(status: api.VerificationStatus) -> str:

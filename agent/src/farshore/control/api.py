@@ -120,6 +120,19 @@ class Restore(_Message, frozen=True, tag="restore"):
     to: str = ""
 
 
+class RestoreOnPromotion(_Message, frozen=True, tag="restore-on-promotion"):
+    """When this replica of ``group`` becomes the owner, its trees are put back first, as Restore does it in place.
+
+    To the state after transaction ``seq`` or at ``time_ns``; with ``cancel``, that is taken back. Local administrator
+    only.
+    """
+
+    group: str
+    seq: int | None = None
+    time_ns: int | None = None
+    cancel: bool = False
+
+
 class Verify(_Message, frozen=True, tag="verify"):
     """Begin to compare source, index and replica of ``group`` ("" means all); the owner answers Done at once.
 
@@ -158,6 +171,7 @@ Request = (
     | Reject
     | History
     | Restore
+    | RestoreOnPromotion
     | Verify
     | Wish
 )
@@ -233,9 +247,12 @@ class GroupStatus(msgspec.Struct, frozen=True):
     the side that doesn't own the group. ``in_step``: this node owns the group and everything seen so far is
     durable on the other side. ``backlog_bytes``: what this replica has made durable and not applied to its tree yet.
     ``history_since``: seconds since the epoch of the oldest state that this replica can go back to; ``history_bytes``:
-    what its history takes; ``restoring``: how far a restore is, "" when none is under way. ``held``: why this replica
-    does not apply what it receives until the administrator has decided, "" when it does; ``held_transactions`` wait
-    since ``held_since`` (seconds since the Unix epoch, else 0).
+    what its history takes; ``restoring``: how far a restore is, "" when none is under way. ``back_to``: this replica,
+    when it becomes the owner, first takes the state after that transaction, which it reached at ``back_to_time``
+    (seconds since the Unix epoch, 0: not known); None: it takes its last one. ``restored``: what was put in place since
+    this node became the owner, and where is what was there. ``held``: why this replica does not apply what it receives
+    until the administrator has decided, "" when it does; ``held_transactions`` wait since ``held_since`` (seconds since
+    the Unix epoch, else 0).
     """
 
     group: str
@@ -257,6 +274,9 @@ class GroupStatus(msgspec.Struct, frozen=True):
     history_since: float | None = None
     history_bytes: int = 0
     restoring: str = ""
+    back_to: int | None = None
+    back_to_time: float = 0.0
+    restored: str = ""
     held: str = ""
     held_transactions: int = 0
     held_since: float = 0.0

@@ -151,6 +151,10 @@ class Node:
                 return await self._group(name).history(path, limit)
             case api.Restore(group=name, path=path, seq=seq, time_ns=time_ns, to=to):
                 return api.Done(await self._group(name).restore(path, When(seq, time_ns), to))
+            case api.RestoreOnPromotion(group=name, cancel=True):
+                return api.Done(await self._group(name).cancel_on_promotion())
+            case api.RestoreOnPromotion(group=name, seq=seq, time_ns=time_ns):
+                return api.Done(await self._group(name).restore_on_promotion(When(seq, time_ns)))
             case api.Approve(group=name):
                 return api.Done(await self._group(name).approve())
             case api.Reject(group=name):

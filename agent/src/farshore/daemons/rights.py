@@ -27,6 +27,7 @@ NODE: dict[type[api.Request], frozenset[Party]] = {
     api.Resume: frozenset({"local"}),
     api.History: frozenset({"local"}),
     api.Restore: frozenset({"local"}),
+    api.RestoreOnPromotion: frozenset({"local"}),
     api.Approve: frozenset({"local"}),
     api.Reject: frozenset({"local"}),
 }

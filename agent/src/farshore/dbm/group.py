@@ -10,7 +10,7 @@ import ssl
 import stat
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -24,9 +24,11 @@ from farshore.dbm.index import Index
 from farshore.dbm.messages import Hello, Refused, Welcome
 from farshore.dbm.owners import Owners
 from farshore.dbm.record import Record, load, store
-from farshore.dbm.replica import restore
+from farshore.dbm.replica import exchange, restore
+from farshore.dbm.replica.exchange import CannotRestore
 from farshore.dbm.replica.guard import Guard
 from farshore.dbm.replica.history import NotRemembered
+from farshore.dbm.replica.restore import Prepared, When
 from farshore.dbm.replica.view import Progress
 from farshore.dbm.sender import Sender
 from farshore.dbm.snapshots import Snapshots
@@ -108,6 +110,10 @@ class Group:
         self._restoring: Progress | None = None
         #: Ends a restore.
         self._ending = threading.Event()
+        #: The epoch of the promotion that is under way, 0 when none is.
+        self._promoting = 0
+        #: Why the exchange that is on record cannot be finished.
+        self._half_done = ""
 
     @property
     def owns(self) -> bool:
@@ -122,7 +128,16 @@ class Group:
     # --- life
 
     async def recover(self) -> None:
-        """Bring what was acknowledged before this node ended into the tree: before that, nobody is told how it is."""
+        """Bring what was acknowledged before this node ended into the tree: before that, nobody is told how it is.
+
+        As owner, finish a restore that was cut off in the middle.
+        """
+        if self.owns:
+            try:
+                await self._finish_exchange()
+            except FarshoreError as error:
+                # Neither watched nor served until it is: it is tried again when this node is told its role.
+                _log.error("a restore cannot be finished", error, group=self.name)
         if not self.owns and self._record.epoch and (self._state / "journal").exists():
             await self._in_worker(self._open_applier)
             await self._in_worker(self._work)
@@ -137,7 +152,7 @@ class Group:
                 # Whoever wrote while we were away did not ask, and what was not synced may be lost: the promise of the
                 # freeze is over.
                 self._store(replace(self._record, was_in_step=False))
-            if not self.owns or self._sender is not None:
+            if not self.owns or self._sender is not None or self._record.exchange:
                 return
             self._start_source()
             if self.config.side == "remote" and not self._record.frozen:
@@ -224,21 +239,63 @@ class Group:
         await self._end_session()
         await self._in_worker(self._close_applier)
 
-    async def _finish_replica(self) -> None:
-        """As ``_stop_replica``, with all in the tree that was acknowledged; raises StateError when that cannot be."""
+    async def _finish_replica(self) -> Prepared | None:
+        """As ``_stop_replica``, with all in the tree that was acknowledged; raises StateError when that cannot be.
+
+        Returns the state that the trees are to be put back to, if that was asked for. Raises CannotRestore when it
+        cannot be had. Then nothing is set aside, and this node can go on as replica.
+        """
         if self._applier is not None:
             self._applier.interrupt()
         await self._end_session()
-        if (self._state / "journal").exists():
-            await self._in_worker(self._drain)
+        made = None
+        if self._record.back_to is not None or (self._state / "journal").exists():
+            try:
+                made = await self._in_worker(self._drain)
+            except (FarshoreError, OSError):
+                await self._in_worker(self._reopen_applier)
+                raise
         await self._in_worker(self._close_applier)
+        return made
 
-    def _drain(self) -> None:
+    def _reopen_applier(self) -> None:
+        """In the worker: one that was interrupted does nothing any more."""
+        try:
+            self._close_applier()
+            self._open_applier()
+        except (FarshoreError, OSError) as error:
+            _log.error("the replica cannot go on now", error, group=self.name)
+
+    def _drain(self) -> Prepared | None:
         applier = self._open_applier()
         applier.drain()
+        made = None
+        if self._record.back_to is not None:
+            made = self._prepare_back(applier, self._record.back_to)
         applier.set_aside("what was held, or not complete, when the owner changed is not applied")
         if applier.guard is not None:
             applier.guard.forget()
+        return made
+
+    def _prepare_back(self, applier: receiver.Applier, seq: int) -> Prepared:
+        progress = self._restoring = Progress()
+        try:
+            return restore.prepare_exactly(applier, seq, progress, self._check_ending)
+        except (FarshoreError, OSError) as error:
+            raise self._not_promoted(seq, error) from error
+        finally:
+            self._restoring = None
+
+    def _not_promoted(self, seq: int, error: Exception) -> CannotRestore:
+        return CannotRestore(
+            self.name,
+            f"not promoted, as it was to take the state after transaction {seq}, and that fails: {error}; "
+            f"'farshore restore {self.name} --on-promotion --cancel' here lets it be promoted as it is",
+        )
+
+    def _check_ending(self) -> None:
+        if self._ending.is_set():
+            raise CannotRestore(self.name, "the node ends, or the owner changes")
 
     async def _tend(self) -> None:
         """What a replica has to do now and then."""
@@ -285,6 +342,9 @@ class Group:
 
     async def set_owner(self, owner: Side, epoch: int, with_units: bool) -> str:
         """Take up a role at ``epoch``; raises StaleEpoch, OwnerDiffers, or HookFailed of the units. Idempotent."""
+        if 0 < self._promoting < epoch:
+            # That promotion is over before it is done: nobody waits for it, and it would serve beside another owner.
+            self._ending.set()
         async with self._change:
             known = max(self._record.epoch, self._fenced_by)
             if epoch < known or epoch < 1:
@@ -296,9 +356,14 @@ class Group:
                 self._ending.set()
                 await self._in_worker(self._ending.clear)
                 await (self._become_owner(epoch, with_units) if mine else self._become_replica(epoch, with_units))
-            elif with_units and mine and not self._record.frozen:
-                await units.start(self.config.units)
-            elif with_units and not mine:
+            elif mine:
+                if self._record.exchange:
+                    await self._finish_exchange()
+                    if self._sender is None:
+                        self._start_source()
+                if with_units and not self._record.frozen:
+                    await units.start(self.config.units)
+            elif with_units:
                 await units.stop(self.config.units)
             self._on_confirmed()
             return f"{owner} owns {self.name} at epoch {epoch}"
@@ -306,20 +371,31 @@ class Group:
     async def _become_owner(self, epoch: int, with_units: bool) -> None:
         was_owner = self.owns
         await self._stop_source()
-        await self._finish_replica()
+        self._promoting = epoch
+        try:
+            made = await self._finish_replica()
+        finally:
+            self._promoting = 0
         keep = self._record.keep_aside if was_owner else True
-        self._store(
-            replace(
-                self._record,
-                epoch=epoch,
-                owner=self.config.side,
-                frozen=False,
-                was_in_step=False,
-                keep_aside=keep,
-                lineage="",
-                owner_since_ns=self._record.owner_since_ns if was_owner else time.time_ns(),
-            )
+        record = replace(
+            self._record,
+            epoch=epoch,
+            owner=self.config.side,
+            frozen=False,
+            was_in_step=False,
+            keep_aside=keep,
+            lineage="",
+            owner_since_ns=self._record.owner_since_ns if was_owner else time.time_ns(),
+            back_to=None,
+            back_to_ns=0,
         )
+        if made is not None:
+            # As soon as this node is the owner, the exchange is on record, and finished by whoever starts next.
+            await self._exchange(record, made)
+        else:
+            self._store(record)
+            # One that was cut off when this node was the owner already.
+            await self._finish_exchange()
         _log.info("owner", group=self.name, epoch=epoch)
         self._start_source()
         if with_units:
@@ -332,7 +408,13 @@ class Group:
         await self._stop_source()
         await self._stop_replica()
         other: Side = "remote" if self.config.side == "local" else "local"
-        record = replace(self._record, epoch=epoch, owner=other, frozen=False)
+        if self._record.exchange:
+            # All of it is compared with the new owner's now.
+            _log.warning("a restore stays half done", group=self.name, what=self._record.restored)
+        record = replace(
+            self._record, epoch=epoch, owner=other, frozen=False, exchange="", exchange_roots=(), restored=""
+        )
+        self._half_done = ""
         if was_owner or not record.lineage:
             # A switch in good order begins with a freeze, which ends in step: then this tree has everything.
             complete = was_owner and self._record.frozen and self._record.was_in_step
@@ -461,40 +543,133 @@ class Group:
         async with self._change:
             return await self._in_worker(self._with_past, look)
 
-    async def restore(self, path: str, when: restore.When, to: str) -> str:
+    async def restore(self, path: str, when: When, to: str) -> str:
         """Bring back what was at ``path``, to the directory ``to`` or, if that is "", in place.
 
         Raises CannotRestore, NotRemembered, UsageError, StateError. Nothing is applied to the tree meanwhile.
         """
         if not to and not self.owns:
-            raise restore.CannotRestore(
+            raise CannotRestore(
                 self.name,
                 f"{self.config.peer.node} owns it, and would send its own state again; restore to a directory, or make "
                 "this side the owner first",
             )
         if self._restoring is not None:
-            raise restore.CannotRestore(self.name, "another restore is under way")
+            raise CannotRestore(self.name, "another restore is under way")
         progress = self._restoring = Progress()
         newest = self._record.owner_since_ns if self.owns else 0
 
-        def check() -> None:
-            if self._ending.is_set():
-                raise restore.CannotRestore(self.name, "the node ends, or the owner changes")
-
         def bring(applier: receiver.Applier) -> str:
-            try:
-                if to:
-                    return restore.restore_to(applier, path, when, to, newest, progress, check)
-                return restore.restore_in_place(applier, path, when, newest, progress, check)
-            except OSError as error:
-                raise restore.CannotRestore(os.fsdecode(error.filename or self.name), error.strerror) from error
+            with self._said():
+                return restore.restore_to(applier, path, when, to, newest, progress, self._check_ending)
+
+        def prepare(applier: receiver.Applier) -> Prepared:
+            with self._said():
+                return restore.prepare(applier, path, when, newest, progress, self._check_ending)
 
         try:
-            text: str = await self._in_worker(self._with_past, bring)
+            if to:
+                text: str = await self._in_worker(self._with_past, bring)
+            else:
+                epoch = self.epoch
+                async with self._change:
+                    # What would be looked at is a mixture.
+                    await self._finish_exchange()
+                made = await self._in_worker(self._with_past, prepare)
+                async with self._change:
+                    if not self.owns or self.epoch != epoch:
+                        self._worker.submit(exchange.clear, self._places, self._record.exchange)
+                        raise CannotRestore(self.name, "the owner has changed")
+                    await self._exchange(self._record, made)
+                text = made.text
         finally:
-            self._restoring = None
+            if self._restoring is progress:
+                self._restoring = None
         _log.info("restored", group=self.name, what=text)
         return text
+
+    @contextlib.contextmanager
+    def _said(self) -> Iterator[None]:
+        """What the system refuses is said as what a restore cannot do."""
+        try:
+            yield
+        except OSError as error:
+            raise CannotRestore(os.fsdecode(error.filename or self.name), error.strerror) from error
+
+    @property
+    def _places(self) -> list[tuple[bytes, Path]]:
+        return [(root.path, self._state / str(number)) for number, (_, root) in enumerate(self._roots)]
+
+    async def _exchange(self, record: Record, made: Prepared) -> None:
+        """Store ``record`` together with an exchange, and carry that out; raises CannotRestore.
+
+        Then the record and the trees are what they were, or, if they can be neither the one nor the other, the exchange
+        stays on record.
+        """
+        before = self._record
+        self._store(replace(record, exchange=made.name, exchange_roots=made.roots, restored=made.text))
+        try:
+            await self._in_worker(exchange.carry_out, self._places, made.name, made.roots, True)
+        except CannotRestore as error:
+            if before.back_to is None:
+                self._store(before)
+                self._worker.submit(exchange.clear, self._places)
+                raise
+            # What was held is set aside by now.
+            self._store(replace(before, lineage=secrets.token_hex(16), was_in_step=False))
+            self._worker.submit(exchange.clear, self._places)
+            self._worker.submit(self._reopen_applier)
+            raise self._not_promoted(before.back_to, error) from error
+        except OSError as error:
+            raise self._is_half_done(error) from error
+        self._exchanged()
+
+    async def _finish_exchange(self) -> None:
+        """Finish an exchange that was cut off, if one was; raises CannotRestore."""
+        record = self._record
+        if not record.exchange:
+            return
+        try:
+            await self._in_worker(exchange.carry_out, self._places, record.exchange, record.exchange_roots, False)
+        except (CannotRestore, OSError) as error:
+            raise self._is_half_done(error) from error
+        _log.info("a restore that was cut off is finished", group=self.name, what=record.restored)
+        self._exchanged()
+
+    def _is_half_done(self, error: Exception) -> CannotRestore:
+        self._half_done = f"a restore is half done, and cannot be finished: {error}"
+        return CannotRestore(self.name, self._half_done)
+
+    def _exchanged(self) -> None:
+        self._half_done = ""
+        self._store(replace(self._record, exchange="", exchange_roots=()))
+        self._worker.submit(exchange.clear, self._places)
+
+    async def restore_on_promotion(self, when: When) -> str:
+        """Have the trees put back when this node becomes the owner; raises CannotRestore, NotRemembered, StateError."""
+
+        def look(applier: receiver.Applier) -> tuple[int, int]:
+            with self._said():
+                seq = when.resolve(applier)
+                restore.check_whole(applier, seq)
+                return seq, applier.history.time_of(seq)
+
+        async with self._change:
+            if self.owns:
+                raise CannotRestore(self.name, "this node owns it already; restore it --in-place")
+            seq, time_ns = await self._in_worker(self._with_past, look)
+            self._store(replace(self._record, back_to=seq, back_to_ns=time_ns))
+        _log.info("the next promotion goes back", group=self.name, transaction=seq)
+        return f"{self.name}: when this node becomes the owner, it takes the state after {restore.named(seq, time_ns)}"
+
+    async def cancel_on_promotion(self) -> str:
+        """Take that back."""
+        async with self._change:
+            if self._record.back_to is None:
+                return f"{self.name}: nothing is to be restored when this node becomes the owner"
+            self._store(replace(self._record, back_to=None, back_to_ns=0))
+        _log.info("the next promotion takes the last state", group=self.name)
+        return f"{self.name}: when this node becomes the owner, it takes its last state"
 
     def _with_past(self, call: Callable[[receiver.Applier], _T]) -> _T:
         """In the worker: have ``call`` look at the replica's history, also when this node is the owner now."""
@@ -679,6 +854,8 @@ class Group:
         applier = self._applier
         if applier is not None and applier.history.problem:
             problems.append(f"the history: {applier.history.problem}")
+        if self._half_done:
+            problems.insert(0, self._half_done)
         if applier is not None and applier.stalled:
             problems.insert(0, f"what was received cannot be applied: {applier.stalled}")
         kept = max(self._kept_aside, self._applier.kept_aside if self._applier else 0)
@@ -711,6 +888,9 @@ class Group:
             history_since=None if since is None else since / 1e9,
             history_bytes=applier.history.kept if applier is not None else 0,
             restoring="" if self._restoring is None else f"{self._restoring.files} files",
+            back_to=self._record.back_to,
+            back_to_time=self._record.back_to_ns / 1e9,
+            restored=self._record.restored if not self._record.exchange else "",
             held=held.reason if held is not None else "",
             held_transactions=applier.waiting if applier is not None and held is not None else 0,
             held_since=held.since if held is not None else 0.0,
@@ -735,6 +915,11 @@ class Group:
             return "fenced", f"epoch {self._record.epoch} is over: {peer} has epoch {self._fenced_by}"
         sender = self._sender
         if sender is None:
+            if self._half_done:
+                # Not confirmed: then it is told its role again, and tries it again.
+                return ("error" if self._confirmed else "unconfirmed"), self._half_done
+            if self._promoting and self._record.back_to is not None:
+                return "replica", f"it becomes the owner with the state after transaction {self._record.back_to}"
             if self.owns:
                 return "error", "not sending"
             return "replica", f"receiving from {peer}" if self._session else f"waiting for {peer}"

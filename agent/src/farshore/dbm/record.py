@@ -24,6 +24,12 @@ class Record:
     were when it was last in step, as ``Group`` marks them; with others, the tree is not the one that was filled.
     ``owner_since_ns``: the wall clock when this node became the owner; what others write to its tree since then is not
     in its history.
+
+    ``back_to``: when this replica becomes the owner, its trees are first put back to the state after that transaction,
+    which was reached at ``back_to_ns`` (0: not known); None: they stay. ``exchange``: the name of the work directories
+    whose copies are taking the place of what is in the trees of the roots ``exchange_roots``, "" when none are: as long
+    as that stands here, a tree may be a mixture. ``restored``: what was put in place since this node became the owner,
+    in words.
     """
 
     epoch: int = 0
@@ -35,6 +41,11 @@ class Record:
     was_in_step: bool = False
     roots: tuple[int, ...] = ()
     owner_since_ns: int = 0
+    back_to: int | None = None
+    back_to_ns: int = 0
+    exchange: str = ""
+    exchange_roots: tuple[int, ...] = ()
+    restored: str = ""
 
 
 def load(path: Path) -> Record:
@@ -48,7 +59,7 @@ def load(path: Path) -> Record:
     if not isinstance(data, dict) or data.pop("version", None) != _VERSION:
         raise StateError(str(path), f"is not of version {_VERSION}")
     try:
-        return Record(**data | {"roots": tuple(data.get("roots", ()))})
+        return Record(**data | {name: tuple(data.get(name, ())) for name in ("roots", "exchange_roots")})
     except TypeError as error:
         raise StateError(str(path), f"is damaged: {error}") from error
 

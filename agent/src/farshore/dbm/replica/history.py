@@ -205,12 +205,30 @@ class History:
             return before[-1] if before else found
         if self.chapters:
             raise NotRemembered("the history", f"reaches back to {_clock(self.chapters[0].first_ns)} only")
+        if applied:
+            raise NotRemembered("the history", "is empty; only the last state is there")
         return found
+
+    def time_of(self, seq: int) -> int:
+        """The wall clock, in ns, when the state after transaction ``seq`` was reached; 0 when that is too long ago.
+
+        Raises StateError.
+        """
+        for chapter in reversed(self.chapters):
+            if chapter.last <= seq:
+                return chapter.last_ns
+            if chapter.first <= seq:
+                times = [step.time_ns for step in self.steps(chapter) if step.seq <= seq]
+                if times:
+                    return times[-1]
+        return 0
 
     def check_seq(self, seq: int, applied: int) -> int:
         """The state after transaction ``seq``, or the nearest one before it that is remembered."""
         if not 0 <= seq <= applied:
             raise NotRemembered("the history", f"there is no transaction {seq}; the last one is {applied}")
+        if not self.chapters and seq < applied:
+            raise NotRemembered("the history", "is empty; only the last state is there")
         for chapter in self.chapters:
             if chapter.merged and chapter.first <= seq < chapter.last:
                 return chapter.first - 1

@@ -8,20 +8,18 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
 
 from farshore.control.api import Span, Version
 from farshore.dbm.replica.commit import Applier
+from farshore.dbm.replica.exchange import CannotRestore, begin, check_mounts, clear, make_ready, name_at
+from farshore.dbm.replica.history import NotRemembered
 from farshore.dbm.replica.undo import Absent, Kept, Moved, Step, Undo, WasDirectory, WasMeta
-from farshore.dbm.replica.view import Progress, copy_out, give
-from farshore.errors import FarshoreError, UsageError
+from farshore.dbm.replica.view import Progress, copy_out
+from farshore.errors import UsageError
 
 _SECOND = 10**9
-
-
-class CannotRestore(FarshoreError):
-    """{0}: {1}"""
-
-    exit_code = 36
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,45 +123,75 @@ def restore_to(
     return _told(progress, seq, "in " + ", ".join(made))
 
 
-def restore_in_place(
-    applier: Applier, path: str, when: When, newest_ns: int, progress: Progress, check: Callable[[], None]
-) -> str:
-    """Put what was at ``path`` ("" for all) in the place of what is there now, which is kept aside; says where.
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Copies that wait to take their place: the ``name`` of the work directories, their roots, and what it will be."""
 
-    Raises as ``restore_to``. Each name is exchanged at once; a directory that is a root stays, and gets its old names.
+    name: str
+    roots: tuple[int, ...]
+    text: str
+
+
+def prepare(
+    applier: Applier, path: str, when: When, newest_ns: int, progress: Progress, check: Callable[[], None]
+) -> Prepared:
+    """Copy what was at ``path`` ("" for all), so that ``exchange`` can put it in the place of what is there now.
+
+    Raises as ``restore_to``, and then nothing is left of it.
     """
     seq = when.resolve(applier)
-    stamp = time.strftime("%Y%m%d-%H%M%S").encode()
+    clear(places(applier))
+    name = name_at(time.strftime("%Y%m%d-%H%M%S"))
+    made = []
     kept = []
-    for root, below in _chosen(applier, path):
-        tree = applier.trees[root]
-        work = applier.stages[root].place() + b"/restore-" + stamp
-        os.makedirs(work, 0o700)
-        new, old = work + b"/new", work + b"/before"
-        view = applier.view(root, seq, newest_ns)
-        copy_out(view, below, new, progress, check)
-        place = tree.root + (b"/" + below if below else b"")
-        if below or not os.path.isdir(place) or not os.path.isdir(new):
+    try:
+        for root, below in _chosen(applier, path):
+            tree = applier.trees[root]
+            work = begin(tree.root, applier.stages[root].place(), name)
+            view = applier.view(root, seq, newest_ns)
+            copy_out(view, below, work.new, progress, check)
+            place = tree.root + (b"/" + below if below else b"")
+            # Looked up before the exchange, which changes it.
+            made.append((work, place, None if below or view.top is None else view.meta_of(view.top)))
             if os.path.lexists(place):
-                os.rename(place, old)
-            os.rename(new, place)
-        else:
-            # Looked up before, as what follows changes it.
-            meta = None if view.top is None else view.meta_of(view.top)
-            os.mkdir(old, 0o700)
-            for name in {*os.listdir(place), *os.listdir(new)}:
-                if name.startswith(b".farshore-"):
-                    continue
-                if os.path.lexists(place + b"/" + name):
-                    os.rename(place + b"/" + name, old + b"/" + name)
-                if os.path.lexists(new + b"/" + name):
-                    os.rename(new + b"/" + name, place + b"/" + name)
-            os.rmdir(new)
-            if meta is not None:
-                give(place, meta)
-        if os.path.lexists(old):
-            kept.append(os.fsdecode(old))
-    return _told(progress, seq, "in place; what was there is in " + ", ".join(kept) if kept else "in place")
+                kept.append(os.fsdecode(work.before))
+        for work, place, meta in made:
+            make_ready(work, place, meta)
+        check()
+    except BaseException:
+        clear(places(applier))
+        raise
+    text = _told(progress, seq, "in place; what was there is in " + ", ".join(kept) if kept else "in place")
+    return Prepared(name, tuple(root for root, _ in _chosen(applier, path)), text)
+
+
+def prepare_exactly(applier: Applier, seq: int, progress: Progress, check: Callable[[], None]) -> Prepared:
+    """As ``prepare``, for all as it was after transaction ``seq``, and no other one near it."""
+    check_whole(applier, seq)
+    return prepare(applier, "", When(seq=seq), 0, progress, check)
+
+
+def check_whole(applier: Applier, seq: int) -> None:
+    """Raises NotRemembered, CannotRestore, StateError, OSError when a root cannot become what it was after ``seq``."""
+    nearest = applier.history.check_seq(seq, applier.applied)
+    if nearest != seq:
+        raise NotRemembered("the history", f"transaction {seq} is none of those that it can still go back to")
+    for root, tree in enumerate(applier.trees):
+        if applier.view(root, seq).top is None:
+            raise NotRemembered(os.fsdecode(tree.root), "was not there at that time")
+        check_mounts(tree.root, within=os.path.isdir(tree.root))
+
+
+def named(seq: int, time_ns: int) -> str:
+    """A state in words; ``time_ns`` is 0 when it is not known when it was."""
+    if not time_ns:
+        return f"transaction {seq}"
+    return f"transaction {seq} of {datetime.fromtimestamp(time_ns / _SECOND).isoformat(' ', 'seconds')}"
+
+
+def places(applier: Applier) -> list[tuple[bytes, Path]]:
+    """The roots, and where the state of each is."""
+    return [(tree.root, applier.state / str(number)) for number, tree in enumerate(applier.trees)]
 
 
 def _chosen(applier: Applier, path: str) -> list[tuple[int, bytes]]:

@@ -73,12 +73,7 @@ class Stage:
     def __init__(self, root: bytes, state: Path, needed: Container[bytes] = ()) -> None:
         self._root = root
         self._needed = needed
-        tag = PREFIX + b"stage"
-        self._choices = [
-            os.fsencode(state) + b"/stage",
-            os.path.dirname(root) + b"/" + tag + b"-" + os.path.basename(root),
-            root + b"/" + tag,
-        ]
+        self._choices = _choices(root, state)
         self._choice: bytes | None = None
         self._directory: int | None = None
         self._birth = Birth(-1, -1, 0, True)
@@ -288,6 +283,29 @@ class Stage:
         finally:
             os.close(target)
         raise StateError(os.fsdecode(self._root), f"no place for temporary files that reaches it: {cause}")
+
+
+def _choices(root: bytes, state: Path) -> list[bytes]:
+    tag = PREFIX + b"stage"
+    return [
+        os.fsencode(state) + b"/stage",
+        os.path.dirname(root) + b"/" + tag + b"-" + os.path.basename(root),
+        root + b"/" + tag,
+    ]
+
+
+def places(root: bytes, state: Path) -> list[bytes]:
+    """Where something of the stage of ``root`` may be, of this process or an earlier one: what is there and is ours."""
+    found = []
+    for number, choice in enumerate(_choices(root, state)):
+        with contextlib.suppress(OSError):
+            above = os.open(os.path.dirname(choice), _DIRECTORY | (os.O_NOFOLLOW if number == 2 else 0))
+            try:
+                os.close(_open_ours(above, os.path.basename(choice)))
+            finally:
+                os.close(above)
+            found.append(choice)
+    return found
 
 
 def _check_reach(directory: int, into: int) -> None:
