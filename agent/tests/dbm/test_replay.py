@@ -50,8 +50,8 @@ class Victim:
     def live(self, told: Sequence[Sequence[Operation]], *, calls: int = 0, rest: int = 0) -> bool:
         """Take all transactions that were not accepted yet, and apply them; returns whether that was finished.
 
-        It is killed instead of the call that is number ``calls``, and rests after so many operations; 0: it is not,
-        and as it likes. Raises AssertionError when anything was left out.
+        It is killed instead of the call that is number ``calls``, and rests after so many operations, with little
+        memory; 0: it is not, and as it likes. Raises AssertionError when anything was left out.
         """
         child = os.fork()
         if not child:
@@ -61,6 +61,7 @@ class Victim:
                     _die_at(calls)
                 if rest:
                     commit.CHECKPOINT_OPERATIONS = rest
+                    commit.MEMORY_BYTES = 6000
                 self._apply(told, close=not calls)
                 code = 0
             except BaseException:

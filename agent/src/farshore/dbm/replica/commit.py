@@ -194,6 +194,8 @@ class Applier:
         self.guard = guard
         #: Transactions up to here are not judged: they were approved.
         self._approved = 0
+        #: Transactions up to here were judged: they are not counted once more when applying them has to be tried again.
+        self._judged = 0
         #: Why the source must compare everything anew: what is recorded here does not tell what the tree holds.
         self.diverged = ""
         self._mark = self._open_mark(state)
@@ -706,19 +708,23 @@ class Applier:
     def _apply(self, batch: list[_Waiting]) -> bool:
         """Apply transactions, up to one that is held; False when that stopped."""
         try:
-            transactions = [each.transaction or self._read(each) for each in batch]
-            allowed = self._judge(transactions)
+            batch = batch[: self._judge(batch)]
+            for part in _parts(batch):
+                self._apply_part(part)
         except OSError as error:
             self._stall(error)
             return False
-        batch, transactions = batch[:allowed], transactions[:allowed]
-        if not batch:
-            self._tell()
-            return False
-        todos = self._todos(batch, transactions)
-        done = iter(batch)
+        if batch:
+            self.stalled = ""
+        self._tell()
+        return bool(batch)
+
+    def _apply_part(self, part: list[_Waiting]) -> None:
+        """Raises OSError when that stopped; what was applied until then stays so."""
+        todos = self._todos(part)
+        done = iter(part)
         at = next(done)
-        try:
+        with contextlib.suppress(StopIteration):
             while todos:
                 ahead = list(itertools.takewhile(lambda todo: not todo.done, itertools.islice(todos, _SLICE_LOOK)))
                 chosen = [todos.popleft() for _ in range(self._slicer.slice(ahead) if ahead else 1)]
@@ -735,22 +741,15 @@ class Applier:
             while True:
                 self._finished(at)
                 at = next(done)
-        except StopIteration:
-            pass
-        except OSError as error:
-            self._stall(error)
-            return False
-        self.stalled = ""
-        self._tell()
-        return True
 
-    def _todos(self, batch: list[_Waiting], transactions: list[Transaction]) -> deque[Todo]:
-        """What is to be done for transactions, with what is known of it from before."""
+    def _todos(self, part: list[_Waiting]) -> deque[Todo]:
+        """What is to be done for transactions, with what is known of it from before; raises OSError."""
         todos: deque[Todo] = deque()
         count = self._count
         #: Roots in which something is still to be done: only the first of that may have been cut off.
         begun: set[int] = set()
-        for each, transaction in zip(batch, transactions, strict=True):
+        for each in part:
+            transaction = each.transaction or self._read(each)
             skip = self._position.operations if each.seq == self._position.seq + 1 else 0
             for number, (operation, staged) in enumerate(transaction.operations[skip:], skip):
                 count += 1
@@ -781,7 +780,7 @@ class Applier:
         for each in waiting:
             if self._count >= last:
                 break
-            for todo in self._todos([each], [each.transaction or self._read(each)]):
+            for todo in self._todos([each]):
                 self._count = todo.count
                 if todo.done:
                     repair.follow(todo)
@@ -789,13 +788,20 @@ class Applier:
         repair.run()
         self._recovered = True
 
-    def _judge(self, transactions: list[Transaction]) -> int:
-        """How many of the transactions may be applied: all, or those before the state in which one is held."""
+    def _judge(self, batch: list[_Waiting]) -> int:
+        """How many of the transactions may be applied: all, or those before the state in which one is held.
+
+        Raises OSError.
+        """
         guard = self.guard
         if guard is None:
-            return len(transactions)
+            return len(batch)
         complete = 0
-        for count, transaction in enumerate(transactions, 1):
+        for count, each in enumerate(batch, 1):
+            if each.seq <= self._judged:
+                complete = count if not each.more else complete
+                continue
+            transaction = each.transaction or self._read(each)
             operations = [operation for operation, _ in transaction.operations]
             contents = {id(operation): staged for operation, staged in transaction.operations if staged is not None}
 
@@ -811,6 +817,7 @@ class Applier:
                     raise OSError(errno.EIO, str(error)) from error
                 if isinstance(verdict, Hold):
                     return complete
+            self._judged = each.seq
             if not transaction.more:
                 complete = count
         return complete
@@ -947,6 +954,20 @@ class Applier:
     def _end(self) -> None:
         for tree in self.trees:
             tree.end()
+
+
+def _parts(batch: list[_Waiting]) -> Iterator[list[_Waiting]]:
+    """Transactions that fit into memory together."""
+    part: list[_Waiting] = []
+    size = 0
+    for each in batch:
+        if part and size + each.size > MEMORY_BYTES:
+            yield part
+            part, size = [], 0
+        part.append(each)
+        size += each.size
+    if part:
+        yield part
 
 
 #: Operations that are looked at for the next slice, at most.
