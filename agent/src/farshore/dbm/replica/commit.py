@@ -60,7 +60,7 @@ from farshore.dbm.replica.repair import Repair
 from farshore.dbm.replica.segments import Place
 from farshore.dbm.replica.stage import Stage, Staged
 from farshore.dbm.replica.tree import BaseUnknown, Tree
-from farshore.dbm.replica.undo import Kept, Slicer, Todo, steps
+from farshore.dbm.replica.undo import Kept, Slicer, Step, Todo, steps
 from farshore.dbm.replica.upload import Interrupted, Upload
 from farshore.dbm.replica.view import View
 from farshore.dbm.unkept import Unkept
@@ -83,6 +83,8 @@ CHECKPOINT_SECONDS = 10.0
 TRANSACTION_BYTES = 2000
 #: Transactions of so few bytes are taken when others find too little room.
 _SMALL_BYTES = 64 << 10
+#: Where it is remembered that the source must compare.
+_DIVERGED = "diverged"
 #: Paths in doubt that are remembered one by one.
 MAX_DOUBTS = 1000
 #: These stop the applying; any other error leaves the operation out.
@@ -196,8 +198,7 @@ class Applier:
         self._approved = 0
         #: Transactions up to here were judged: they are not counted once more when applying them has to be tried again.
         self._judged = 0
-        #: Why the source must compare everything anew: what is recorded here does not tell what the tree holds.
-        self.diverged = ""
+        self._diverged = self._load_diverged()
         self._mark = self._open_mark(state)
         self._journal = Journal(state / "journal", self._mark.position.seq)
         if self._journal.damage:
@@ -242,6 +243,26 @@ class Applier:
         self._doubts: dict[tuple[int, bytes], None] = dict.fromkeys(self._load_doubts())
 
     # --- what may be asked
+
+    @property
+    def diverged(self) -> str:
+        """Why the source must compare everything anew: what is recorded here does not tell what the tree holds.
+
+        It is remembered until "" is set, as whoever has it compare has made sure of that.
+        """
+        return self._diverged
+
+    @diverged.setter
+    def diverged(self, why: str) -> None:
+        self._diverged = why
+        path = self.state / _DIVERGED
+        try:
+            if why:
+                durable.write(path, why.encode("utf-8", "surrogateescape"))
+            else:
+                path.unlink(missing_ok=True)
+        except (StateError, OSError) as error:
+            _log.error("cannot be remembered", error, path=str(path), diverged=why)
 
     @property
     def kept_aside(self) -> int:
@@ -602,10 +623,11 @@ class Applier:
 
         Raises StateError, OSError.
         """
-        held = None if self.guard is None else self.guard.approve()
-        if held is not None and held.rejected:
+        if self.held is not None and self.held.rejected:
+            # First, as what is not held any more would be applied by the next process.
             self.set_aside("rejected changes were dropped")
-        elif held is not None:
+        held = None if self.guard is None else self.guard.approve()
+        if held is not None and not held.rejected:
             self._approved = self.started
         return held
 
@@ -620,17 +642,27 @@ class Applier:
             return None
         self.checkpoint()
         place = self.state / f"aside-journal-{self._now_ns() // 10**9}"
+        position = self._position
+        for looked_up in self.history.not_reached(position.seq, position.operations):
+            self._note_undone(*looked_up, failed=False)
+        self.diverged = why
+        # From here on nothing of it is applied any more, whether the journal is still there or not.
+        self._position = Position(last)
+        self._move_mark()
         self._journal.set_aside(place)
         with self._lock:
             self._waiting.clear()
             self._backlog = self._in_memory = 0
-        self._position = Position(last)
-        self._move_mark()
         self.history.settled(last)
         self._recovered = True
-        self.diverged = why
         _log.warning("what was received is set aside", transactions=count, kept=str(place), reason=why)
         return place
+
+    def _note_undone(self, seq: int, first: int, last: int, *, failed: bool) -> None:
+        """Write down that operations were left out, or will never be reached; raises OSError."""
+        found = [entry for number in range(first, last) for entry in self.history.known(seq, number) or []]
+        effect = self._operator.took_effect(found, failed=failed)
+        self.history.note([Step(seq, self._now_ns(), first, last, effect, undone=True)])
 
     def forget_incomplete(self) -> None:
         """Drop what belongs to a state that is not complete, as the source learns what the trees hold.
@@ -867,7 +899,7 @@ class Applier:
 
     def _stall(self, error: OSError) -> None:
         """Applying stopped; it is tried again."""
-        if error.errno in _FULL and self.history.make_room():
+        if error.errno in _FULL and self.make_room():
             _log.warning("the disk is full; the oldest history is gone", state=str(self.state))
         where = error.filename or self.state
         reason = f"{os.fsdecode(where) if isinstance(where, bytes) else where}: {error.strerror or error}"
@@ -901,6 +933,8 @@ class Applier:
                 if isinstance(error, OSError) and error.errno in _STOPPING:
                     raise
                 self._doubt(todo, error)
+                if todo.undo:
+                    self._note_undone(todo.seq, todo.number, todo.number + 1, failed=True)
             self._progress[todo.operation.root].tell(self._mark.position, todo.count)
         except StateError as error:
             raise OSError(errno.EIO, str(error)) from error
@@ -929,6 +963,14 @@ class Applier:
 
     def _store_doubts(self) -> None:
         durable.write(self.state / "doubts", msgspec.msgpack.encode(list(self._doubts)))
+
+    def _load_diverged(self) -> str:
+        try:
+            return (self.state / _DIVERGED).read_bytes().decode("utf-8", "surrogateescape")
+        except FileNotFoundError:
+            return ""
+        except OSError as error:
+            return f"{self.state / _DIVERGED}: {error}"
 
     def _load_doubts(self) -> list[tuple[int, bytes]]:
         try:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ import msgspec
 
 from farshore import durable
 from farshore.dbm.messages import Meta
-from farshore.dbm.replica.paths import PREFIX, remove_tree
+from farshore.dbm.replica.paths import PREFIX, mounts, remove_tree
 from farshore.dbm.replica.stage import places
 from farshore.dbm.replica.tree import syncfs
 from farshore.dbm.replica.view import give
@@ -31,8 +30,6 @@ from farshore.log import Log
 _log = Log(__name__)
 _WORK = b"restore-"
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-#: How a mount point's name has what is not printed there (proc(5)).
-_ESCAPED = re.compile(rb"\\([0-7]{3})")
 
 #: A root and the directory of its state, for each root of a group.
 Places = Sequence[tuple[bytes, Path]]
@@ -261,8 +258,6 @@ def _remove(directory: int, name: bytes) -> None:
 def check_mounts(place: bytes, *, within: bool) -> None:
     """Raises CannotRestore when ``place``, or a name ``within`` it, is a mount point, which cannot be renamed."""
     real = os.path.realpath(place)
-    with open("/proc/self/mountinfo", "rb") as file:
-        for line in file:
-            point = _ESCAPED.sub(lambda found: bytes([int(found[1], 8)]), line.split()[4])
-            if point == real if not within else os.path.dirname(point) == real and point != real:
-                raise CannotRestore(os.fsdecode(point), "is a mount point, which cannot be exchanged")
+    for point in mounts():
+        if point == real if not within else os.path.dirname(point) == real and point != real:
+            raise CannotRestore(os.fsdecode(point), "is a mount point, which cannot be exchanged")

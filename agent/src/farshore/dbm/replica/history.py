@@ -64,10 +64,17 @@ class Chapter:
     kept: int = 0
     entries: int = 0
     merged: bool = False
+    #: Whether it has all of its first transaction.
+    whole: bool = True
+
+    @property
+    def floor(self) -> int:
+        """The earliest transaction after which the state can be had with this chapter as the first one."""
+        return self.first - 1 if self.whole else self.first
 
     def take(self, step: Step) -> None:
         """Take up a step."""
-        self.last, self.last_ns = step.seq, max(self.last_ns, step.time_ns)
+        self.last, self.last_ns = max(self.last, step.seq), max(self.last_ns, step.time_ns)
         self.entries += len(step.entries)
         self.kept += sum(entry.blocks * _BLOCK for entry in step.entries if isinstance(entry, Kept))
         self.merged = self.merged or step.merged
@@ -115,10 +122,24 @@ class History:
         chapter = self.chapters[-1] if self.chapters else None
         if chapter is None or (steps[0].first == 0 and steps[0].seq > chapter.last and self._is_full(chapter)):
             self._segments.begin(steps[0].seq)
-        places = self._segments.append([(step.seq, _encoder.encode(step)) for step in steps])
+        places = self._segments.append(self._records(steps))
         for step, place in zip(steps, places, strict=True):
             self._take(step, place.segment)
             self._remember(step)
+
+    def _records(self, steps: Sequence[Step]) -> list[tuple[int, bytes]]:
+        """Numbers never fall; of an operation that is left out is told after others were looked up."""
+        last = self._segments.last
+        return [(last := max(last, step.seq), _encoder.encode(step)) for step in steps]
+
+    def not_reached(self, seq: int, operations: int) -> list[tuple[int, int, int]]:
+        """What was looked up behind the first ``operations`` of transaction ``seq`` + 1: (transaction, first, last)."""
+        found = []
+        for known, last in sorted(self._known.items()):
+            first = operations if known == seq + 1 else 0
+            if known > seq and first < last:
+                found.append((known, first, last))
+        return found
 
     def known(self, seq: int, number: int) -> list[Undo] | None:
         """What an operation found when it may have been applied before; None when it was not."""
@@ -128,6 +149,7 @@ class History:
 
     def settled(self, seq: int) -> None:
         """All up to transaction ``seq`` is applied and durable in the trees."""
+        self._after = max(self._after, seq)
         for known in [known for known in self._known if known <= seq]:
             del self._known[known]
         for found in [found for found in self._found if found[0] <= seq]:
@@ -145,16 +167,20 @@ class History:
     def _note_found(self, number: int, place: Place, body: bytes) -> None:
         step = _decoder.decode(body)
         self._take(step, place.segment)
-        if number > self._after:
+        if step.seq > self._after:
             self._remember(step)
 
     def _take(self, step: Step, segment: int) -> None:
         if not self.chapters or self.chapters[-1].segment != segment:
-            self.chapters.append(Chapter(segment, step.seq, step.seq, step.time_ns, step.time_ns))
+            first = Chapter(segment, step.seq, step.seq, step.time_ns, step.time_ns, whole=step.first == 0)
+            self.chapters.append(first)
         self.chapters[-1].take(step)
 
     def _remember(self, step: Step) -> None:
         self._known[step.seq] = max(step.last, self._known.get(step.seq, 0))
+        if step.undone:
+            for number in range(step.first, step.last):
+                self._found.pop((step.seq, number), None)
         for entry in step.entries:
             self._found.setdefault((step.seq, entry.op), []).append(entry)
 
@@ -179,12 +205,13 @@ class History:
 
     def back_to(self, seq: int) -> Iterator[Step]:
         """What has to be undone, the last first, to get to the state after transaction ``seq``; raises StateError."""
+        undone = _Undone()
         for chapter in reversed(self.chapters):
             if chapter.last <= seq:
                 return
             for step in reversed(self.steps(chapter)):
                 if step.seq > seq:
-                    yield step
+                    yield undone.without(step)
 
     def at_time(self, time_ns: int, applied: int) -> int:
         """The last transaction of the state that was there at a time of the wall clock; ``applied`` is the newest one.
@@ -202,7 +229,7 @@ class History:
                     return found
                 continue
             before = [step.seq for step in self.steps(chapter) if step.time_ns <= time_ns]
-            return before[-1] if before else found
+            return max(before, default=found)
         if self.chapters:
             raise NotRemembered("the history", f"reaches back to {_clock(self.chapters[0].first_ns)} only")
         if applied:
@@ -231,15 +258,20 @@ class History:
             raise NotRemembered("the history", "is empty; only the last state is there")
         for chapter in self.chapters:
             if chapter.merged and chapter.first <= seq < chapter.last:
+                self._check_floor(chapter.first - 1)
                 return chapter.first - 1
-        if self.chapters and seq < self.chapters[0].first - 1:
-            raise NotRemembered("the history", f"reaches back to transaction {self.chapters[0].first - 1} only")
+        self._check_floor(seq)
         return seq
+
+    def _check_floor(self, seq: int) -> None:
+        if self.chapters and seq < self.chapters[0].floor:
+            raise NotRemembered("the history", f"reaches back to transaction {self.chapters[0].floor} only")
 
     def versions(self, root: int, path: bytes) -> Iterator[tuple[Step, Undo]]:
         """What changed at ``path`` of a root, or what it lay in, the last first, following it through its moves."""
+        undone = _Undone()
         for chapter in reversed(self.chapters):
-            for step in reversed(self.steps(chapter)):
+            for step in map(undone.without, reversed(self.steps(chapter))):
                 for entry in reversed(step.entries):
                     if entry.root != root:
                         continue
@@ -260,12 +292,12 @@ class History:
             return
         now = self._now_ns()
         oldest = now - self._retention.longest * _SECOND
-        while len(self.chapters) > 1 and self.chapters[0].last_ns < oldest:
+        while len(self.chapters) > 1 and self.chapters[0].last <= self._after and self.chapters[0].last_ns < oldest:
             self._drop_oldest()
         for run in self._runs(now):
             self._merge(run)
         limit = self._limit()
-        while len(self.chapters) > 1 and self.kept > limit:
+        while len(self.chapters) > 1 and self.chapters[0].last <= self._after and self.kept > limit:
             _log.warning("the history takes more space than it may; its oldest part goes", limit=limit)
             self._drop_oldest()
 
@@ -275,15 +307,46 @@ class History:
         Returns whether there was any.
         """
         dropped = False
-        while self.chapters and (not dropped or self._is_short()):
+        while self.chapters and self.chapters[0].last <= self._after and (not dropped or self._is_short()):
             self._drop_oldest()
             dropped = True
+        if self.chapters and (not dropped or self._is_short()):
+            dropped = self._shed() or dropped
         return dropped
+
+    def _shed(self) -> bool:
+        """Of the oldest chapter, keep what may be needed to apply something once more; returns whether more was there.
+
+        Raises OSError.
+        """
+        chapter = self.chapters[0]
+        steps: list[Step] = []
+        with contextlib.suppress(StateError):
+            steps = self.steps(chapter)
+        needed = [step for step in steps if step.seq > self._after]
+        if not needed or len(needed) == len(steps):
+            return False
+        kept = [entry for step in steps if step.seq <= self._after for entry in step.entries if isinstance(entry, Kept)]
+        self._remove_all(kept)
+        self._segments.leave()
+        last = 0
+        self._segments.replace(
+            [chapter.segment], [(last := max(last, step.seq), _encoder.encode(step)) for step in needed]
+        )
+        del self.chapters[0]
+        later, self.chapters = self.chapters, []
+        for step in needed:
+            self._take(step, chapter.segment)
+        self.chapters += later
+        self._drop_folders(kept)
+        return True
 
     def _runs(self, now: int) -> list[list[Chapter]]:
         """Chapters that should be one, the last chapter aside."""
         runs: dict[tuple[int, int], list[Chapter]] = {}
         for chapter in self.chapters[:-1]:
+            if chapter.last > self._after:
+                break  # its notes may be needed to apply it once more
             age = (now - chapter.last_ns) // _SECOND
             if age >= self._retention.seconds("hourly"):
                 runs.setdefault((_DAY, chapter.first_ns // _SECOND // _DAY), []).append(chapter)
@@ -294,12 +357,13 @@ class History:
     def _merge(self, run: list[Chapter]) -> None:
         steps, dropped = merge([step for chapter in run for step in self.steps(chapter)])
         # The files first: after a crash in between, the same are found to be dropped again.
-        for entry in dropped:
-            self._remove(entry)
+        self._remove_all(dropped)
         self._segments.replace(
             [chapter.segment for chapter in run], [(step.seq, _encoder.encode(step)) for step in steps]
         )
-        merged = Chapter(run[0].segment, run[0].first, run[-1].last, run[0].first_ns, run[-1].last_ns)
+        merged = Chapter(
+            run[0].segment, run[0].first, run[-1].last, run[0].first_ns, run[-1].last_ns, whole=run[0].whole
+        )
         for step in steps:
             merged.take(step)
         at = self.chapters.index(run[0])
@@ -311,8 +375,7 @@ class History:
         kept: list[Kept] = []
         with contextlib.suppress(StateError):
             kept = [entry for step in self.steps(chapter) for entry in step.entries if isinstance(entry, Kept)]
-        for entry in kept:
-            self._remove(entry)
+        self._remove_all(kept)
         self._segments.remove(chapter.segment)
         del self.chapters[0]
         self._drop_folders(kept)
@@ -321,6 +384,14 @@ class History:
         for root, folder in {(entry.root, entry.folder) for entry in entries}:
             if root < len(self._stages):
                 self._stages[root].drop_folder(folder)
+
+    def _remove_all(self, entries: Sequence[Kept]) -> None:
+        """Remove kept files; one that cannot be removed does not keep the others."""
+        for entry in entries:
+            try:
+                self._remove(entry)
+            except OSError as error:
+                _log.warning("something of the history cannot be removed", path=entry.path, reason=str(error))
 
     def _remove(self, entry: Kept) -> None:
         if entry.root >= len(self._stages):
@@ -349,6 +420,24 @@ class History:
         return False
 
 
+class _Undone:
+    """Leaves out what operations would have done that were left out; the steps come in reverse order."""
+
+    def __init__(self) -> None:
+        self._ranges: dict[int, list[range]] = {}
+
+    def without(self, step: Step) -> Step:
+        """``step`` with what took effect."""
+        if step.undone:
+            self._ranges.setdefault(step.seq, []).append(range(step.first, step.last))
+            return step
+        undone = self._ranges.get(step.seq)
+        if undone is None:
+            return step
+        entries = [entry for entry in step.entries if not any(entry.op in numbers for numbers in undone)]
+        return msgspec.structs.replace(step, entries=entries)
+
+
 def _is_in(path: bytes, directory: bytes) -> bool:
     """Whether ``path`` is ``directory`` or lies in it."""
     return path == directory or path.startswith(directory + b"/") or not directory
@@ -369,6 +458,8 @@ def merge(steps: Sequence[Step]) -> tuple[list[Step], list[Kept]]:
     Of what is undone at one path, or below it, only the first needs to be, unless something was moved in between. What
     concerns a file of several names stays: another one of them may need it.
     """
+    undone = _Undone()
+    steps = [undone.without(step) for step in reversed(steps)][::-1]
     objects: set[tuple[int, bytes]] = set()
     metas: set[tuple[int, bytes]] = set()
     times: set[tuple[int, bytes]] = set()
@@ -409,7 +500,7 @@ def merge(steps: Sequence[Step]) -> tuple[list[Step], list[Kept]]:
                 times.add(key)
                 entries.append(entry)
         if entries or number in (0, len(steps) - 1):
-            merged.append(Step(step.seq, step.time_ns, step.first, step.last, entries, True))
+            merged.append(Step(step.seq, step.time_ns, step.first, step.last, entries, True, step.undone))
     return merged, dropped
 
 

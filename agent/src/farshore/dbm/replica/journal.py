@@ -43,7 +43,7 @@ class _Head(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Journal:
-    """The journal in ``directory``; one thread appends and drops, any may read. Raises StateError.
+    """The journal in ``directory``; one thread appends, one drops, any may read. Raises StateError.
 
     ``found`` are the transactions that were there when it was opened, with their places; ``keep`` of them are the
     contents that are named by those above ``after``.

@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from farshore.dbm.messages import Copy, Link, MakeDir, MakeNode, MakeSymlink, Meta, Move, Patch, Put, Remove, SetMeta
 from farshore.dbm.replica.leaves import LeafStore
 from farshore.dbm.replica.stage import Stage, Staged
 from farshore.dbm.replica.tree import BaseUnknown, Tree, exists
-from farshore.dbm.replica.undo import Kept, Moved, Todo, WasDirectory
-from farshore.errors import UnsafePath
+from farshore.dbm.replica.undo import Kept, Moved, Todo, Undo, WasDirectory
+from farshore.errors import FarshoreError, UnsafePath
 from farshore.fmm.types import FileKind
 
 
@@ -74,6 +74,33 @@ class Operator:
                     tree.link(staged, path, to)
             case _:
                 raise AssertionError(type(operation).__name__)
+
+    def took_effect(self, entries: Iterable[Undo], *, failed: bool) -> list[Undo]:
+        """Of what operations would have changed, which were left out or never reached, what was changed all the same.
+
+        ``failed``: they were tried, and ended with an error.
+        """
+        found = []
+        for entry in entries:
+            tree = self._trees[entry.root]
+            try:
+                match entry:
+                    case Kept():
+                        effect = exists(self._stages[entry.root].folder(entry.folder), entry.name)
+                    case Moved():
+                        gone = tree.status(entry.path) is None and tree.status(entry.to) is not None
+                        effect = gone and not failed
+                    case WasDirectory():
+                        there = tree.status(entry.path)
+                        effect = there is None or not stat.S_ISDIR(there.st_mode)
+                    case _:
+                        # Undoing what was not done changes nothing here.
+                        effect = True
+            except (FarshoreError, OSError):
+                effect = not isinstance(entry, Moved)
+            if effect:
+                found.append(entry)
+        return found
 
     def _make_way(self, todo: Todo, path: bytes, *, leave: bool) -> None:
         """Take what is at ``path`` to where it is kept, so that something else can be put there."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import stat
 from collections import OrderedDict
 from collections.abc import Callable
@@ -26,6 +27,8 @@ MAX_PATH = 4096
 _MAX_NAME = 255
 _OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NO_NAMES = (b"", b".", b"..")
+#: How a mount point's name has what is not printed there (proc(5)).
+_ESCAPED = re.compile(rb"\\([0-7]{3})")
 #: Directory handles that one root keeps open while a group of transactions is applied, at most.
 _CACHED_HANDLES = 128
 
@@ -177,6 +180,12 @@ class Handles:
         """Close all handles: after a directory was moved or removed, and at the end of a transaction."""
         while self._cache:
             os.close(self._cache.popitem()[1])
+
+
+def mounts() -> list[bytes]:
+    """Where something is mounted, as absolute paths without links."""
+    with open("/proc/self/mountinfo", "rb") as file:
+        return [_ESCAPED.sub(lambda found: bytes([int(found[1], 8)]), line.split()[4]) for line in file]
 
 
 def open_regular(handles: Handles, path: bytes) -> int | None:

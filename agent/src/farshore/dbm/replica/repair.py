@@ -10,28 +10,25 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
 
 from farshore.dbm.messages import Copy, Link, MakeNode, MakeSymlink, Meta, Move, Operation, Patch, Put
 from farshore.dbm.replica import metadata
 from farshore.dbm.replica.paths import Handles, open_regular
 from farshore.dbm.replica.stage import Stage
 from farshore.dbm.replica.tree import Tree, read_meta
-from farshore.dbm.replica.undo import Kept, Moved, Todo
+from farshore.dbm.replica.undo import Kept, Todo
 from farshore.errors import UnsafePath
 from farshore.log import Log
 
 _log = Log(__name__)
-_PAGE = 4096
+#: The least that a filesystem writes at a time.
+_PAGE = 512
 
 
-class _Place(NamedTuple):
-    """Where something is: in the tree of a root, or, ``kept``, in what its stage keeps."""
-
-    root: int
-    kept: bool
-    path: bytes
+#: Names in a directory: of what was put there since the mark, by the transaction and the operation that it came with,
+#: and of directories that have such.
+_Names = dict[bytes, "tuple[int, int] | _Names"]
 
 
 class Repair:
@@ -46,80 +43,71 @@ class Repair:
         self._trees = trees
         self._stages = stages
         self._read = read
-        #: The transaction and the operation that each content came with.
-        self._contents: dict[_Place, tuple[int, int]] = {}
+        #: Where contents are, by root: in its tree, and in what its stage keeps. Moving a directory is one step.
+        self._placed: list[_Names] = [{} for _ in trees]
+        self._kept: list[_Names] = [{} for _ in trees]
         self._transaction: tuple[int, Sequence[Operation]] = (0, ())
         self._clock = metadata.Clock()
 
     def follow(self, todo: Todo) -> None:
         """``todo`` was carried out; one that was left out is as good as unknown, as what it says is not found."""
         operation = todo.operation
-        root, path = operation.root, operation.path
+        path, placed, kept = operation.path, self._placed[operation.root], self._kept[operation.root]
         for entry in todo.undo:
             if isinstance(entry, Kept):
-                kept = _Place(root, True, entry.folder + b"/" + entry.name)
-                self._move(_Place(root, False, entry.path), kept, directory=stat.S_ISDIR(entry.kind))
+                _put(kept, entry.folder + b"/" + entry.name, _take(placed, entry.path))
         match operation:
             case Put():
-                self._contents[_Place(root, False, path)] = todo.seq, todo.number
+                _put(placed, path, (todo.seq, todo.number))
             case Patch() | Copy() | MakeSymlink() | MakeNode():
-                self._contents.pop(_Place(root, False, path), None)
+                _take(placed, path)
             case Move(to=to):
-                directory = any(isinstance(entry, Moved) and entry.directory for entry in todo.undo)
-                self._move(_Place(root, False, path), _Place(root, False, to), directory=directory)
+                _put(placed, to, _take(placed, path))
             case Link(to=to):
-                linked = self._contents.get(_Place(root, False, to))
-                if linked is None:
-                    self._contents.pop(_Place(root, False, path), None)
-                else:
-                    self._contents[_Place(root, False, path)] = linked
-
-    def _move(self, place: _Place, to: _Place, *, directory: bool) -> None:
-        if not directory:
-            content = self._contents.pop(place, None)
-            if content is not None:
-                self._contents[to] = content
-            return
-        below = place.path + b"/"
-        same = place.root, place.kept
-        for each in [each for each in self._contents if each[:2] == same and each.path.startswith(below)]:
-            self._contents[to._replace(path=to.path + each.path[len(place.path) :])] = self._contents.pop(each)
+                _put(placed, path, _get(placed, to))
 
     def run(self) -> int:
         """Returns how many files were put right; raises OSError, StateError."""
         count = 0
-        for place, (seq, number) in self._contents.items():
-            if self._transaction[0] != seq:
-                self._transaction = seq, self._read(seq)
-            operation = self._transaction[1][number]
-            assert isinstance(operation, Put)
-            if self._put_right(place, operation.data):
-                count += 1
+        for root, (tree, stage) in enumerate(zip(self._trees, self._stages, strict=True)):
+            if self._placed[root]:
+                count += self._put_all_right(tree.root, self._placed[root])
+            if self._kept[root]:
+                count += self._put_all_right(stage.place(), self._kept[root])
         if count:
             _log.warning("contents that a power cut took were written anew", files=count)
         return count
 
-    def _put_right(self, place: _Place, data: bytes) -> bool:
-        handles = Handles(self._stages[place.root].place() if place.kept else self._trees[place.root].root)
+    def _put_all_right(self, top: bytes, names: _Names) -> int:
+        count = 0
+        handles = Handles(top)
         try:
-            try:
-                handle = open_regular(handles, place.path)
-            except UnsafePath:
-                return False
-            if handle is None:
-                return False
-            try:
-                there = os.pread(handle, len(data) + 1, 0)
-                if there == data or not _is_lost(there, data):
-                    return False
-                parent, name = handles.parent(place.path)
-                meta = read_meta(parent, name, os.fstat(handle))
-                self._write(handle, data, meta)
-            finally:
-                os.close(handle)
+            for path, (seq, number) in _all(names):
+                if self._transaction[0] != seq:
+                    self._transaction = seq, self._read(seq)
+                operation = self._transaction[1][number]
+                assert isinstance(operation, Put)
+                count += self._put_right(handles, path, operation.data)
         finally:
             handles.restore()
             handles.forget()
+        return count
+
+    def _put_right(self, handles: Handles, path: bytes, data: bytes) -> bool:
+        try:
+            handle = open_regular(handles, path)
+        except UnsafePath:
+            return False
+        if handle is None:
+            return False
+        try:
+            there = os.pread(handle, len(data) + 1, 0)
+            if there == data or not _is_lost(there, data):
+                return False
+            parent, name = handles.parent(path)
+            self._write(handle, data, read_meta(parent, name, os.fstat(handle)))
+        finally:
+            os.close(handle)
         return True
 
     def _write(self, handle: int, data: bytes, meta: Meta) -> None:
@@ -136,6 +124,48 @@ class Repair:
         finally:
             with contextlib.suppress(OSError):
                 os.close(writing)
+
+
+def _get(names: _Names, path: bytes) -> tuple[int, int] | _Names | None:
+    """What is at ``path``, None when nothing is known there."""
+    found: tuple[int, int] | _Names | None = names
+    for name in path.split(b"/"):
+        if not isinstance(found, dict):
+            return None
+        found = found.get(name)
+    return found
+
+
+def _take(names: _Names, path: bytes) -> tuple[int, int] | _Names | None:
+    """As ``_get``; nothing is there afterwards."""
+    above, _, name = path.rpartition(b"/")
+    parent = _get(names, above) if above else names
+    return parent.pop(name, None) if isinstance(parent, dict) else None
+
+
+def _put(names: _Names, path: bytes, what: tuple[int, int] | _Names | None) -> None:
+    if what is None:
+        _take(names, path)
+        return
+    *above, last = path.split(b"/")
+    for name in above:
+        below = names.get(name)
+        if not isinstance(below, dict):
+            below = names[name] = {}
+        names = below
+    names[last] = what
+
+
+def _all(names: _Names) -> Iterator[tuple[bytes, tuple[int, int]]]:
+    """All contents, with their paths."""
+    stack = [(b"", names)]
+    while stack:
+        base, names = stack.pop()
+        for name, what in names.items():
+            if isinstance(what, dict):
+                stack.append((base + name + b"/", what))
+            else:
+                yield base + name, what
 
 
 def _is_lost(there: bytes, data: bytes) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import struct
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,13 +44,15 @@ class Place:
 class Segments:
     """Records in files of ``directory`` that end in ``suffix``; numbers never fall.
 
-    One thread appends and drops; any may read. ``last`` is the highest number, ``bytes`` what all take. ``damage`` says
-    what was wrong with a record that must have been whole, "" if nothing was. When it is opened, ``found`` is called
+    One thread appends, one drops, any may read. ``last`` is the highest number, ``bytes`` what all take; ``damage`` is
+    what was wrong with a record that must have been whole, "" if nothing. When it is opened, ``found`` is called
     with each record's number, place and body, in order. No body begins with 0xC1. Raises StateError.
     """
 
     def __init__(self, directory: Path, suffix: str, found: Callable[[int, Place, bytes], None]) -> None:
         self._directory = directory
+        #: A segment must not be dropped while something is appended to it.
+        self._lock = threading.Lock()
         self._suffix = suffix
         self.damage = ""
         self.last = 0
@@ -59,7 +62,7 @@ class Segments:
         self._lasts: dict[int, int] = {}
         self._current = -1
         self._handle = -1
-        #: Segments that another one was put in the place of, when it is opened.
+        #: Segments that another one was put in the place of: their numbers are not used again.
         self._covered: set[int] = set()
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -74,6 +77,10 @@ class Segments:
         """
         if not records:
             return []
+        with self._lock:
+            return self._append(records)
+
+    def _append(self, records: Sequence[tuple[int, bytes]]) -> list[Place]:
         if self._handle < 0 or self._sizes[self._current] >= SEGMENT_BYTES:
             self.begin(records[0][0])
         start = at = self._sizes[self._current]
@@ -117,10 +124,11 @@ class Segments:
 
     def drop(self, number: int) -> None:
         """Remove the segments that hold nothing above ``number``."""
-        for segment, last in sorted(self._lasts.items()):
-            if last > number:
-                return
-            self.remove(segment)
+        with self._lock:
+            for segment, last in sorted(self._lasts.items()):
+                if last > number:
+                    return
+                self.remove(segment)
 
     def all(self) -> list[int]:
         """The segments, the oldest first."""
@@ -163,6 +171,7 @@ class Segments:
         durable.sync_directory(self._directory)
         for segment in segments[1:]:
             os.unlink(self.path(segment))
+        self._covered.update(segments[1:])
         last = self._lasts[segments[-1]]
         for segment in segments:
             self.bytes -= self._sizes.pop(segment)
@@ -181,19 +190,21 @@ class Segments:
 
     def set_aside(self, place: Path) -> None:
         """Move all segments to the directory ``place``; numbers go on growing. Raises OSError."""
-        self.leave()
-        place.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for segment in self.all():
-            path = self.path(segment)
-            path.rename(place / path.name)
-        self._sizes.clear()
-        self._lasts.clear()
-        self.bytes = 0
+        with self._lock:
+            self.leave()
+            place.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for segment in self.all():
+                path = self.path(segment)
+                path.rename(place / path.name)
+            self._sizes.clear()
+            self._lasts.clear()
+            self.bytes = 0
 
     def begin(self, number: int) -> None:
         """Let what follows, from ``number`` on, be in a new segment, whose name is durable; raises OSError."""
         self.leave()
-        while number in self._sizes:
+        number = max(number, max(self._sizes, default=-1) + 1)
+        while number in self._covered:
             number += 1
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
         handle = os.open(self.path(number), flags, 0o600)

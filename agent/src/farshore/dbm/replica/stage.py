@@ -31,6 +31,8 @@ _OURS = re.compile(rb"[0-9a-f]{16}")
 PROGRESS = b"since-"
 #: Handles of folders that are kept open.
 _OPEN_FOLDERS = 8
+#: These say nothing about a place.
+_PASSING = (errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EINTR, errno.ENOSPC, errno.EDQUOT)
 _PERMISSIONS = stat.S_IRWXU | stat.S_IRWXG | stat.S_IRWXO
 
 
@@ -276,6 +278,8 @@ class Stage:
                         self._drop(choice)
                         raise
                 except OSError as error:
+                    if error.errno in _PASSING:
+                        raise
                     cause = error
                     continue
                 self._choice = choice

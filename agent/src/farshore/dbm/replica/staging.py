@@ -454,10 +454,13 @@ def _check_paths(operation: Operation) -> None:
 
 
 def _check_numbers(operation: Operation) -> None:
-    """Raises ProtocolError for a number that no system call takes: what is accepted must be possible."""
+    """Raises ProtocolError for a number or a text that no system call takes: what is accepted must be possible."""
     if isinstance(operation, (Link, Move, Remove)):
         return
     meta = operation.meta
+    target = operation.target if isinstance(operation, MakeSymlink) else b""
+    if b"\0" in target or any(b"\0" in name for name, _ in meta.xattrs):
+        raise ProtocolError("the source", f"a zero byte in a target or a name of an attribute of {operation.path!r}")
     times = (meta.atime_ns, meta.mtime_ns)
     fits = 0 <= meta.mode <= 0o7777 and 0 <= meta.uid < _ID and 0 <= meta.gid < _ID
     if not fits or not all(-(1 << 63) <= each < 1 << 63 for each in times):

@@ -29,6 +29,7 @@ from farshore.dbm.replica.paths import (
     PREFIX,
     Handles,
     check,
+    mounts,
     open_regular,
     remove_tree,
     visit_tree,
@@ -195,6 +196,7 @@ class Tree:
             parent, here = self._handles.writable_parent(path)
             there = os.stat(here, dir_fd=parent, follow_symlinks=False)
             if stat.S_ISDIR(there.st_mode):
+                self._check_mounts(path)
                 self._rescue_below(path)
                 self._handles.widen(path)  # its .. is going to change
                 self._handles.forget()
@@ -475,11 +477,19 @@ class Tree:
         """Remove what is there; nothing of it is kept."""
         self._gone(path, there)
         if stat.S_ISDIR(there.st_mode):
+            self._check_mounts(path)
             self._handles.forget()
             parent, name = self._handles.parent(path)
             remove_tree(parent, name, path, None if self._rescue is None else self._rescue_copy)
         else:
             os.unlink(name, dir_fd=parent)
+
+    def _check_mounts(self, path: bytes) -> None:
+        """A directory in which something is mounted stays: what is mounted belongs to somebody else as well."""
+        real = os.path.realpath(self.full(path))
+        for point in mounts():
+            if point.startswith(real + b"/") or point == real:
+                raise BaseUnknown(path, f"something is mounted on {os.fsdecode(point)!r}")
 
     def _rescue_below(self, path: bytes) -> None:
         """Keep aside what nobody else is known to have of a directory that is about to go."""

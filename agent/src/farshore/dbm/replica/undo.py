@@ -97,6 +97,9 @@ class Step(msgspec.Struct, frozen=True, array_like=True):
     entries: list[Undo]
     #: It stands for several, and what they found in between is not known any more.
     merged: bool = False
+    #: These operations were left out, or never reached: ``entries`` is what took effect all the same, instead of what
+    #: was told of them before.
+    undone: bool = False
 
 
 @dataclass(slots=True)

@@ -44,7 +44,8 @@ class Node:
         """The names in a directory; raises OSError."""
         if self.children is None:
             self.children = {}
-            if self.place is not None:
+            # What the history has lost is told as missing when it is made (``_make``), not here.
+            if self.place is not None and os.path.lexists(self.place):
                 with os.scandir(self.place) as found:
                     for entry in found:
                         name = os.fsencode(entry.name)
@@ -76,7 +77,7 @@ class View:
                 case Absent(path=path):
                     self._put(path, None)
                 case Kept(path=path):
-                    self._put(path, _node_at(self._kept(entry)))
+                    self._put(path, Node(self._kept(entry), stat.S_ISDIR(entry.kind)))
                 case WasDirectory(path=path, meta=meta):
                     self._put(path, Node(None, True, {}, meta))
                 case WasMeta():
@@ -85,8 +86,9 @@ class View:
                     self._remember_times(path, atime, mtime)
                 case Moved(path=path, to=to):
                     node = self.find(to)
-                    self._put(to, None)
-                    self._put(path, node)
+                    if node is not None:
+                        self._put(to, None)
+                        self._put(path, node)
 
     def find(self, path: bytes) -> Node | None:
         """What was at ``path``; None if nothing was."""
@@ -113,7 +115,7 @@ class View:
         """Whether a file is still what it was."""
         assert node.place is not None
         in_tree = node.place.startswith(self._root) or node.place + b"/" == self._root
-        return not (self._newest_ns and in_tree and status.st_ctime_ns > self._newest_ns)
+        return not (self._newest_ns and (in_tree or status.st_nlink > 1) and status.st_ctime_ns > self._newest_ns)
 
     def _put(self, path: bytes, node: Node | None) -> None:
         """Let ``node``, or nothing, be at ``path``."""
@@ -187,6 +189,9 @@ def _make(
     while stack:
         check()
         node, path, target = stack.pop()
+        if node.is_directory and node.place is not None and not os.path.lexists(node.place):
+            progress.missing.append(path)
+            continue
         if node.is_directory:
             os.mkdir(target, 0o700)
             directories.append((node, target))
