@@ -101,6 +101,7 @@ def test_a_lack_of_space_takes_the_oldest(base: Path) -> None:
         past.now += 700 * SECOND
         past.tell(Put(0, b"f%d" % (number % 2), random_meta(past.chance), os.urandom(200_000)))
         past.note()
+        past.applier.checkpoint()
         past.applier.history.thin()
     history = past.applier.history
     assert 0 < history.kept <= 10**6

@@ -456,7 +456,7 @@ async def test_a_state_that_is_forgotten_since_then_is_no_promotion(pair: Pair) 
     remote = pair.remote.groups["web"]
     await remote.restore_on_promotion(When(seq=seq))
     assert remote._applier is not None
-    await remote._in_worker(remote._applier.history.make_room)
+    await remote._in_worker(remote._applier.make_room)
     with pytest.raises(CannotRestore, match=f"state after transaction {seq}, and that fails: the history: is empty"):
         await remote.set_owner("remote", 2, False)
     assert not remote.owns
