@@ -32,6 +32,7 @@ from farshore.dbm.messages import (
 )
 from farshore.dbm.replica import staging
 from farshore.dbm.replica.stage import Stage
+from farshore.dbm.replica.view import Progress, copy_out
 from farshore.errors import ProtocolError
 
 
@@ -210,7 +211,7 @@ def test_no_handle_outlives_a_transaction(replica: Replica) -> None:
 @pytest.mark.parametrize(
     "operation",
     [
-        MakeSymlink(0, b"l", FILE, bytes(5000)),
+        MakeSymlink(0, b"l", FILE, b"x" * 5000),
         SetMeta(0, b"l", Meta(0o644, 0, 0, 1, 1, [(b"user.k", bytes(5000))])),
         Move(0, b"l", b"/".join([b"n" * 250] * 16)),
     ],
@@ -316,3 +317,10 @@ def _read_only(meta: Meta, file: Meta) -> None:
     assert (mode("root/d"), mode("root/other")) == (meta.mode, meta.mode)
     send(Remove(0, b"d/h"), Remove(0, b"d"), Remove(0, b"other"))
     assert os.listdir("root") == []
+    if meta.mode & 0o500 != 0o500:
+        return
+    # That they could be changed for a moment, the history does not take for their modes.
+    for seq in range(1, 5):
+        replica.work(lambda seq=seq: copy_out(replica.applier.view(0, seq), b"", b"past-%d" % seq, Progress()))
+        assert mode(f"past-{seq}/d") == meta.mode
+    assert (mode("past-4/other"), mode("past-3/d/e")) == (meta.mode, meta.mode)

@@ -129,6 +129,13 @@ class Handles:
             self._widened[to + old[len(path) :]] = self._widened.pop(old)
         self.forget()
 
+    def true_mode(self, status: os.stat_result) -> int:
+        """The mode that something has, of which ``status`` was told, or will have again after ``restore``."""
+        for identity, mode in self._widened.values():
+            if identity == _identity(status):
+                return mode
+        return stat.S_IMODE(status.st_mode)
+
     def restore(self) -> None:
         """Give directories that were widened their true modes, the deepest first."""
         while self._widened:

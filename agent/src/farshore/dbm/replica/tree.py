@@ -19,6 +19,8 @@ import stat
 import threading
 from collections.abc import Callable, Iterator
 
+import msgspec
+
 from farshore.dbm import wire
 from farshore.dbm.messages import Entry, Meta
 from farshore.dbm.reading import CheckedReader, digest_of
@@ -174,7 +176,9 @@ class Tree:
     def metadata(self, path: bytes, status: os.stat_result) -> Meta:
         """The metadata of what is at ``path``, whose lstat is ``status``."""
         parent, name = self._handles.writable_parent(path)
-        return read_meta(parent, name, status)
+        meta = read_meta(parent, name, status)
+        mode = self._handles.true_mode(status)
+        return meta if mode == meta.mode else msgspec.structs.replace(meta, mode=mode)
 
     def is_empty(self, path: bytes) -> bool:
         """Whether the directory at ``path`` is empty."""

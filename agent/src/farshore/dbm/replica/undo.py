@@ -311,6 +311,10 @@ class Slicer:
         if stat.S_ISDIR(there.st_mode) and look.is_empty(path):
             todo.undo.append(WasDirectory(todo.number, root, path, look.metadata(path, there)))
             return
+        if stat.S_ISDIR(there.st_mode):
+            # Who is not root may have to give himself rights on it first.
+            meta = look.metadata(path, there)
+            todo.undo.append(WasMeta(todo.number, root, path, meta, there.st_dev, there.st_ino, 1))
         todo.undo.append(
             Kept(
                 todo.number,

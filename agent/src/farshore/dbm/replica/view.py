@@ -7,6 +7,7 @@ replica's tree, or among what the history keeps. ``copy_out`` makes files of it.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -143,9 +144,10 @@ class View:
         if node.place is None:
             node.meta, node.times = entry.meta, None
             return
-        status = os.lstat(node.place)
-        if (status.st_dev, status.st_ino) == (entry.device, entry.inode):
-            node.times = None
+        with contextlib.suppress(FileNotFoundError):
+            status = os.lstat(node.place)
+            if (status.st_dev, status.st_ino) == (entry.device, entry.inode):
+                node.times = None
 
     def _remember_times(self, path: bytes, atime: int, mtime: int) -> None:
         node = self.find(path)
