@@ -24,6 +24,7 @@ from farshore.dbm.replica.commit import Applier
 from farshore.dbm.replica.guard import Guard, Held, store
 from farshore.dbm.replica.history import NotRemembered
 from farshore.dbm.replica.staging import _check_numbers
+from farshore.dbm.replica.upload import Interrupted, Upload
 from farshore.dbm.replica.view import Progress, copy_out
 from farshore.errors import ProtocolError
 from farshore.fmm.types import Root
@@ -339,3 +340,10 @@ def test_what_is_mounted_in_a_directory_that_is_removed_stays(replica: Replica) 
 def test_what_no_system_call_takes_is_refused_before_it_is_accepted(operation: Operation) -> None:
     with pytest.raises(ProtocolError, match="zero byte"):
         _check_numbers(operation)
+
+
+def test_an_upload_whose_opening_was_interrupted_is_no_fault() -> None:
+    upload = Upload(0, b"f", based=False, sparse=False)
+    upload.opened = True
+    with pytest.raises(Interrupted):
+        upload.feed(b"x", True)

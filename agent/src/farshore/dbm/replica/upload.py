@@ -105,8 +105,9 @@ class Upload:
 
         Raises DeltaCorrupt, OSError, and Interrupted; each is final.
         """
-        assert self._building is not None
-        assert self._applier is not None
+        if self._building is None or self._applier is None:
+            # The connection ended while it was opened.
+            raise Interrupted
         self._broken = True
         try:
             if data:
