@@ -306,6 +306,22 @@ def test_a_merged_segment_covers_no_later_one(replica: Replica) -> None:
     assert (again.damage, found) == ("", [5, 9])
 
 
+def test_what_was_left_out_can_be_merged(replica: Replica) -> None:
+    replica.tell(Put(0, b"a", FILE, b"1"))
+    replica.accept(Move(0, b"a", b"no such directory/b"))
+    replica.accept(Put(0, b"c", FILE, b"3"))
+    replica.applier.work()
+    assert replica.applier.doubts == [(0, b"a")]
+    replica.applier.checkpoint()
+    history = replica.applier.history
+    # What was left out of the second transaction is told after the third was looked up.
+    assert [step.seq for step in history.steps(history.chapters[0])] == [1, 2, 3, 2]
+    history._merge([*history.chapters])
+    again = replica.open()
+    assert again.history.problem == ""
+    assert again.history.chapters[0].last == 3
+
+
 def test_an_application_changes_what_the_history_shares_with_the_tree(replica: Replica) -> None:
     replica.tell(Put(0, b"a", FILE, b"old"), Link(0, b"b", b"a"))
     replica.tell(Remove(0, b"b"))

@@ -122,15 +122,10 @@ class History:
         chapter = self.chapters[-1] if self.chapters else None
         if chapter is None or (steps[0].first == 0 and steps[0].seq > chapter.last and self._is_full(chapter)):
             self._segments.begin(steps[0].seq)
-        places = self._segments.append(self._records(steps))
+        places = self._segments.append(_records(steps, self._segments.last))
         for step, place in zip(steps, places, strict=True):
             self._take(step, place.segment)
             self._remember(step)
-
-    def _records(self, steps: Sequence[Step]) -> list[tuple[int, bytes]]:
-        """Numbers never fall; of an operation that is left out is told after others were looked up."""
-        last = self._segments.last
-        return [(last := max(last, step.seq), _encoder.encode(step)) for step in steps]
 
     def not_reached(self, seq: int, operations: int) -> list[tuple[int, int, int]]:
         """What was looked up behind the first ``operations`` of transaction ``seq`` + 1: (transaction, first, last)."""
@@ -329,10 +324,7 @@ class History:
         kept = [entry for step in steps if step.seq <= self._after for entry in step.entries if isinstance(entry, Kept)]
         self._remove_all(kept)
         self._segments.leave()
-        last = 0
-        self._segments.replace(
-            [chapter.segment], [(last := max(last, step.seq), _encoder.encode(step)) for step in needed]
-        )
+        self._segments.replace([chapter.segment], _records(needed))
         del self.chapters[0]
         later, self.chapters = self.chapters, []
         for step in needed:
@@ -358,9 +350,7 @@ class History:
         steps, dropped = merge([step for chapter in run for step in self.steps(chapter)])
         # The files first: after a crash in between, the same are found to be dropped again.
         self._remove_all(dropped)
-        self._segments.replace(
-            [chapter.segment for chapter in run], [(step.seq, _encoder.encode(step)) for step in steps]
-        )
+        self._segments.replace([chapter.segment for chapter in run], _records(steps))
         merged = Chapter(
             run[0].segment, run[0].first, run[-1].last, run[0].first_ns, run[-1].last_ns, whole=run[0].whole
         )
@@ -436,6 +426,11 @@ class _Undone:
             return step
         entries = [entry for entry in step.entries if not any(entry.op in numbers for numbers in undone)]
         return msgspec.structs.replace(step, entries=entries)
+
+
+def _records(steps: Sequence[Step], last: int = 0) -> list[tuple[int, bytes]]:
+    """Numbers of records never fall; of an operation that was left out is told after others were looked up."""
+    return [(last := max(last, step.seq), _encoder.encode(step)) for step in steps]
 
 
 def _is_in(path: bytes, directory: bytes) -> bool:

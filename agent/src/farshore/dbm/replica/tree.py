@@ -50,7 +50,7 @@ _NODES = {
     FileKind.BLOCK_DEVICE: stat.S_IFBLK,
 }
 #: What says that a file can have no further name there: mounts, limits, filesystems without such names.
-NO_LINK = (errno.EXDEV, errno.EMLINK, errno.EPERM, errno.ENOTSUP)
+_NO_LINK = (errno.EXDEV, errno.EMLINK, errno.EPERM, errno.ENOTSUP)
 #: Staged files whose metadata could not be kept in full, and that are not placed yet, at most.
 _MOST_PENDING = 100_000
 _READ = 1 << 20
@@ -345,7 +345,7 @@ class Tree:
                     self.unkept.linked(self.full(path), self.full(to))
                 return
             except OSError as error:
-                if error.errno not in NO_LINK or stat.S_ISDIR(os.lstat(source.name, dir_fd=source.directory).st_mode):
+                if error.errno not in _NO_LINK or stat.S_ISDIR(os.lstat(source.name, dir_fd=source.directory).st_mode):
                     raise
                 cause = f"hard links cannot be kept, copies are: {error.strerror}"
             with contextlib.suppress(FileNotFoundError):
