@@ -224,15 +224,6 @@ class Tree:
             if not leave or stat.S_ISDIR(there.st_mode):
                 self._clear(parent, here, path, there)
 
-    def clear(self, path: bytes, *, directories: bool) -> None:
-        """Make sure that nothing is at ``path``; a directory only goes, with all that is in it, if ``directories``."""
-        there = self.status(path)
-        if there is not None and (directories or not stat.S_ISDIR(there.st_mode)):
-            if not path:
-                raise BaseUnknown(path, "a root is never removed")
-            parent, name = self._handles.writable_parent(path)
-            self._clear(parent, name, path, there)
-
     def remove_directory(self, path: bytes) -> None:
         """Remove the directory at ``path``, which is empty."""
         if not path:
@@ -315,8 +306,9 @@ class Tree:
         try:
             os.mknod(staged.name, _NODES[kind] | 0o600, device=rdev, dir_fd=staged.directory)
         except PermissionError:
-            if path:
-                self.clear(path, directories=False)
+            there = self.status(path) if path else None
+            if there is not None and not stat.S_ISDIR(there.st_mode):
+                self._clear(*self._handles.writable_parent(path), path, there)
             self.unkept.settle(
                 self.full(path), [f"{kind.name.lower().replace('_', ' ')} cannot be made: not permitted"]
             )
