@@ -17,6 +17,7 @@ import pytest
 
 from farshore.fmm import Hint, Kind, Root, WatchError
 from farshore.fmm.inotify import InotifyWatcher
+from farshore.fmm.protected import Protected
 from farshore.fmm.types import Inode
 
 from .conftest import Clock, Watch, covered, directories, joined, map_of, until
@@ -906,13 +907,13 @@ def test_directory_that_vanishes_while_it_is_added_is_no_problem(
 def test_roots_are_looked_at_gently(watch: Watch, top: bytes, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     watcher = watch(top, clock=clock)
     looks = []
-    real = InotifyWatcher._in_place
+    real = Protected.in_place
 
-    def look(self: InotifyWatcher, root: object) -> bool:
+    def look(self: Protected) -> bool:
         looks.append(clock.now)
-        return real(self, root)  # type: ignore[arg-type]
+        return real(self)
 
-    monkeypatch.setattr(InotifyWatcher, "_in_place", look)
+    monkeypatch.setattr(Protected, "in_place", look)
     for _ in range(100):
         watcher.read(0)
         clock.now += 0.1

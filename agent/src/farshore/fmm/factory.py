@@ -2,24 +2,74 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
 
 from farshore.errors import UsageError
 from farshore.fmm.types import Root, Watcher
+from farshore.log import Log
 
-ENGINES = ("auto", "inotify")
+Engine = Literal["auto", "inotify", "fanotify"]
+ENGINES: tuple[Engine, ...] = ("auto", "inotify", "fanotify")
+#: With so many directories, a watch for each costs more than to be told of all that happens on the filesystem.
+MANY_DIRECTORIES = 20_000
+
+_log = Log(__name__)
 
 
-def make_watcher(engine: str, roots: Sequence[Root], *, reads: bool = False) -> Watcher:
+def make_watcher(engine: str, roots: Sequence[Root], *, reads: bool = False, cookies: Path | None = None) -> Watcher:
     """A watcher for ``roots``, not started yet.
 
-    ``engine`` is ``"inotify"``, or ``"auto"`` for the best one of this machine. ``reads`` also
-    reports files that were only read, whose access time may have changed. Raises UsageError for
-    another engine and WatchError for roots that cannot be watched together.
+    ``engine`` is one of ``ENGINES``. ``auto`` takes inotify for a tree of up to MANY_DIRECTORIES directories; for a
+    larger one, or one for which the kernel's limit on watches is too low, fanotify, where kernel, privileges and
+    filesystems allow it. ``reads`` also reports files that were only read, whose access time may have changed.
+    ``cookies``: where the watcher may make files of its own. Raises UsageError for another engine, WatchError for roots
+    that cannot be watched together.
     """
     if engine not in ENGINES:
         raise UsageError(f"watch engine {engine!r} is not known; allowed: {', '.join(ENGINES)}")
     # Imported late: commands that never watch should not pay for it.
+    if engine == "fanotify" or (engine == "auto" and _prefers_fanotify(roots)):
+        from farshore.fmm.fanotify import FanotifyWatcher
+
+        return FanotifyWatcher(roots, reads=reads, cookies=cookies)
     from farshore.fmm.inotify import InotifyWatcher
 
-    return InotifyWatcher(roots, reads=reads)
+    return InotifyWatcher(roots, reads=reads, cookies=cookies)
+
+
+def _prefers_fanotify(roots: Sequence[Root]) -> bool:
+    from farshore.fmm.fanotify import why_not
+
+    most = min(MANY_DIRECTORIES, _watch_limit() // 2)
+    if _directories(roots, most) <= most:
+        return False
+    reason = why_not(roots)
+    if reason:
+        _log.info("a large tree is watched by inotify", reason=reason)
+    return not reason
+
+
+def _watch_limit() -> int:
+    try:
+        return int(Path("/proc/sys/fs/inotify/max_user_watches").read_bytes())
+    except (OSError, ValueError):
+        return 8192
+
+
+def _directories(roots: Sequence[Root], most: int) -> int:
+    """The number of directories below the roots, or, if there are more, one above ``most``."""
+    found = 0
+    pending = [root.path for root in roots]
+    while pending and found <= most:
+        path = pending.pop()
+        try:
+            with os.scandir(path) as entries:
+                below = [entry.path for entry in entries if entry.is_dir(follow_symlinks=False)]
+        except OSError:
+            continue
+        found += len(below)
+        pending += below
+    return found

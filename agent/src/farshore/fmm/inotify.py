@@ -24,21 +24,33 @@ import array
 import contextlib
 import errno
 import fcntl
-import itertools
 import logging
 import os
 import select
-import stat
 import struct
 import termios
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
+from farshore.fmm.cookies import Cookies
 from farshore.fmm.errors import WatchError
-from farshore.fmm.patterns import STAGING, Filter
+from farshore.fmm.patterns import STAGING
+from farshore.fmm.protected import (
+    GONE,
+    OTHER_FILESYSTEM,
+    PARENT,
+    REMEDIES,
+    RESCAN,
+    RESCAN_INTERVAL,
+    ROOT_INTERVAL,
+    Protected,
+    check_overlaps,
+    show,
+)
 from farshore.fmm.scanner import ABSENT, open_beneath
 from farshore.fmm.types import Hint, Kind, Root
 from farshore.log import Log
@@ -105,10 +117,6 @@ class _Bits(dict[int, int]):
 
 
 _BITS = _Bits()
-_RESCAN: int = Kind.RESCAN.value
-_NAMED: int = (Kind.CREATED | Kind.MOVED_TO | Kind.MODIFIED).value
-#: A directory whose entries changed has a new modification time.
-_PARENT: int = (Kind.MODIFIED | Kind.ATTRIBUTES).value
 
 # struct inotify_event (inotify(7)): wd, mask, cookie, length of the name with its padding.
 _HEADER = struct.Struct("iIII")
@@ -118,23 +126,12 @@ _PATH_LIMIT = 4000
 #: How many descriptors a descent holds open; deeper directories are opened again by their path.
 _DEPTH = 48
 
-#: Seconds between looks at the roots, between RESCANs of what cannot be watched, and for which a
-#: directory that vanished from its place keeps its watches.
-_ROOT_INTERVAL = 1.0
-_RESCAN_INTERVAL = 30.0
+#: Seconds for which a directory that vanished from its place keeps its watches.
 _GRACE = 1.0
 
-_REMEDIES = {
+_REMEDIES = REMEDIES | {
     errno.ENOSPC: "the limit on watches is reached ({watches}); raise it: sysctl -w fs.inotify.max_user_watches={more}",
-    errno.ENOMEM: "the kernel has no memory for more watches; give the machine more memory",
-    errno.EMFILE: "too many open files; raise LimitNOFILE of the unit",
-    errno.ENOENT: "it does not exist: deleted, moved away or not mounted; put it back",
-    errno.EACCES: "permission denied; let the agent read it (CAP_DAC_READ_SEARCH)",
 }
-# What is seen then, an empty mount point perhaps, may not be what is protected.
-_OTHER_FILESYSTEM = (
-    "it lies on another filesystem than before; mount the right one, or restart the agent if this one is right"
-)
 
 
 class _Node:
@@ -150,56 +147,25 @@ class _Node:
         #: Subdirectories that cannot be watched, each with the reason.
         self.unwatched: dict[bytes, str] | None = None
         #: The root whose own directory this is.
-        self.top_of: _Protected | None = None
+        self.top_of: _Watched | None = None
         self.generation = -1
-        self.owner: _Protected | None = None
+        self.owner: _Watched | None = None
         self.base = b""
 
 
-class _Protected:
-    """What is known about one root."""
+class _Watched(Protected):
+    """A root, with its watches."""
 
-    __slots__ = (
-        "device",
-        "filter",
-        "identity",
-        "index",
-        "is_file",
-        "marks",
-        "name",
-        "parent",
-        "parent_wd",
-        "path",
-        "plain",
-        "problem",
-        "rescan_at",
-        "top",
-    )
+    __slots__ = ("parent_wd", "top")
 
     def __init__(self, index: int, root: Root) -> None:
-        self.index = index
-        self.path = root.path.rstrip(b"/") or b"/"
-        self.parent = os.path.dirname(self.path)
-        self.name = os.path.basename(self.path)
-        self.filter = Filter(root)
-        self.plain = self.filter.plain
+        super().__init__(index, root)
         self.top: _Node | None = None
-        #: A single file is watched through the directory that holds it: its inode changes.
-        self.is_file = False
         self.parent_wd = -1
-        self.identity = (0, 0)
-        #: Of the filesystem it lay on when it was watched first.
-        self.device = 0
-        self.problem: str | None = None
-        self.rescan_at = 0.0
-        self.marks: dict[bytes, int] = {}
 
     @property
     def watched(self) -> bool:
         return self.top is not None or self.parent_wd >= 0
-
-    def mark(self, path: bytes, bits: int) -> None:
-        self.marks[path] = self.marks.get(path, 0) | bits
 
 
 class InotifyWatcher:
@@ -216,17 +182,20 @@ class InotifyWatcher:
     a filesystem mounted over a directory below a root; changes that other machines make on a
     network filesystem.
 
-    ``reads`` also reports (as ATTRIBUTES) files that were only read. ``clock`` is a monotonic clock.
+    ``reads`` also reports (as ATTRIBUTES) files that were only read. ``cookies`` is a directory of our own, by default
+    a temporary one, for the changes by which ``drain`` proves that it has seen all. ``clock`` is a monotonic clock.
     Raises WatchError for roots that lie in each other and for patterns that are wrong.
     """
 
     def __init__(
-        self, roots: Sequence[Root], *, reads: bool = False, clock: Callable[[], float] = time.monotonic
+        self,
+        roots: Sequence[Root],
+        *,
+        reads: bool = False,
+        cookies: Path | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        for root in roots:
-            if not root.path.startswith(b"/"):
-                raise WatchError(root.path, "the path is not absolute")
-        self._roots = [_Protected(index, root) for index, root in enumerate(roots)]
+        self._roots = [_Watched(index, root) for index, root in enumerate(roots)]
         # A renamed directory can keep its watches as they are only where no pattern could decide
         # otherwise under the new name.
         self._plain = all(root.plain for root in self._roots)
@@ -235,11 +204,13 @@ class InotifyWatcher:
         self._state = "new"
         self._system: Any = None
         self._fd = -1
+        self._cookies = Cookies(cookies)
+        self._cookie_wd = -1
         self._trouble: str | None = None
         self._problems: tuple[str, ...] = ()
         self._problems_changed = False
         self._nodes: dict[int, _Node] = {}
-        self._parents: dict[int, dict[bytes, _Protected]] = {}
+        self._parents: dict[int, dict[bytes, _Watched]] = {}
         self._generation = 0
         #: Directories out of their place, each with the time at which it was lost sight of.
         self._orphans: dict[_Node, float] = {}
@@ -265,7 +236,7 @@ class InotifyWatcher:
         if self._state == "closed":
             raise ValueError("the watcher is closed")
         if self._state == "new":
-            self._check_overlaps()
+            check_overlaps(self._roots)
             self._open()
             for root in self._roots:
                 if not root.watched:
@@ -278,7 +249,7 @@ class InotifyWatcher:
         elif self._state == "paused":
             return self.resume()
         for root in self._roots:
-            root.mark(b"", _RESCAN)
+            root.mark(b"", RESCAN)
         return self._take()
 
     def read(self, timeout: float) -> Sequence[Hint]:
@@ -309,11 +280,11 @@ class InotifyWatcher:
         self._check_roots()
         for root in self._roots:
             if not root.watched:
-                root.mark(b"", _RESCAN)
+                root.mark(b"", RESCAN)
         for node in self._unsure:
             owner = self._locate(node)
             if owner is not None:
-                owner.mark(node.base[:-1], _RESCAN)
+                owner.mark(node.base[:-1], RESCAN)
         self._retry_unwatched()
         self._resolve()
         return self._take()
@@ -335,7 +306,7 @@ class InotifyWatcher:
         self._open()
         self._state = "running"
         for root in self._roots:
-            root.mark(b"", _RESCAN)
+            root.mark(b"", RESCAN)
         return self._take()
 
     def wake(self) -> None:
@@ -347,6 +318,7 @@ class InotifyWatcher:
     def close(self) -> None:
         """Release everything. Idempotent."""
         self._shut()
+        self._cookies.close()
         self._state = "closed"
         with self._wake_lock:
             if self._wake_fd >= 0:
@@ -371,22 +343,29 @@ class InotifyWatcher:
                 self._resolve()
         now = self._clock()
         if now >= self._next_check or self._check_now:
-            self._next_check = now + _ROOT_INTERVAL
+            self._next_check = now + ROOT_INTERVAL
             self._check_roots()
             self._resolve()
             self._expire(now)
         if now >= self._next_rescan:
-            self._next_rescan = now + _RESCAN_INTERVAL
+            self._next_rescan = now + RESCAN_INTERVAL
             self._retry_unwatched()
 
     def _catch_up(self) -> None:
-        """Work off what is queued now, and not what comes meanwhile."""
+        """Work off what happened before the call: all that is queued, up to a change of our own."""
         fd = self._fd
+        if fd < 0:
+            return
+        proof = self._cookie_wd >= 0 and self._cookies.make()
         left = self._queued()
-        while left > 0 and self._fd == fd:
+        while self._fd == fd and (self._cookies.expected if proof else left > 0):
             try:
                 data = os.read(fd, _CHUNK)
             except BlockingIOError:
+                if proof:
+                    # Events are queued before the change that they tell of has returned.
+                    log.error("inotify did not report a change of our own; looking at everything again")
+                    self._overflow()
                 return
             left -= len(data)
             self._digest(data)
@@ -411,7 +390,9 @@ class InotifyWatcher:
                 self._file_event(wd, mask, name)
             node = nodes.get(wd)
             if node is None:
-                if mask & _OVERFLOW:
+                if wd == self._cookie_wd:
+                    self._cookies.seen(name)
+                elif mask & _OVERFLOW:
                     self._overflow()
                     return
                 continue
@@ -443,15 +424,15 @@ class InotifyWatcher:
                 marks[path] = known | bits
             if mask & _ENTRY:
                 above = node.base[:-1]
-                marks[above] = marks.get(above, 0) | _PARENT
+                marks[above] = marks.get(above, 0) | PARENT
 
-    def _directory_event(self, node: _Node, owner: _Protected, name: bytes, bits: int) -> None:
+    def _directory_event(self, node: _Node, owner: _Watched, name: bytes, bits: int) -> None:
         path = node.base + name
         if name.startswith(STAGING):
             return
         if owner.filter.allows(path, True):
-            owner.mark(path, bits | _RESCAN)
-        owner.mark(node.base[:-1], _PARENT)
+            owner.mark(path, bits | RESCAN)
+        owner.mark(node.base[:-1], PARENT)
         self._settle(node, name)
 
     def _file_event(self, wd: int, mask: int, name: bytes) -> None:
@@ -473,7 +454,7 @@ class InotifyWatcher:
         if root is not None:
             if mask & _IGNORED:
                 self._lose(root)
-            root.mark(b"", _RESCAN)
+            root.mark(b"", RESCAN)
             self._check_now = True
         elif mask & _IGNORED:
             self._forget(node)
@@ -481,7 +462,7 @@ class InotifyWatcher:
             # What lay under the mount is in sight again.
             owner = self._locate(node)
             if owner is not None:
-                owner.mark(node.base[:-1], _RESCAN)
+                owner.mark(node.base[:-1], RESCAN)
             self._unsure[node.parent] = None
 
     def _overflow(self) -> None:
@@ -489,7 +470,7 @@ class InotifyWatcher:
         self._shut()
         self._open()
         for root in self._roots:
-            root.marks = {b"": root.marks.get(b"", 0) | _RESCAN}
+            root.marks = {b"": root.marks.get(b"", 0) | RESCAN}
 
     def _take(self) -> list[Hint]:
         if self._problems_changed:
@@ -498,25 +479,8 @@ class InotifyWatcher:
         hints: list[Hint] = []
         for root in self._roots:
             if root.marks:
-                index = root.index
-                hints += [Hint(index, path, _kind(bits)) for path, bits in root.marks.items()]
-                hints += self._links(root)
-                root.marks = {}
+                hints += root.take()
         return hints
-
-    def _links(self, root: _Protected) -> list[Hint]:
-        """Which of the names stand for files of more than one; told here, as later they may be gone."""
-        found = []
-        above = root.path + b"/"
-        for path, bits in root.marks.items():
-            if bits & _NAMED and not bits & _RESCAN:
-                try:
-                    status = os.lstat(above + path)
-                except OSError:
-                    continue
-                if status.st_nlink > 1 and not stat.S_ISDIR(status.st_mode):
-                    found.append(Hint(root.index, path, _kind(bits), (status.st_dev, status.st_ino)))
-        return found
 
     def _wait(self, seconds: float) -> set[int]:
         """Wait for events or for ``wake``; the descriptors that are ready."""
@@ -532,7 +496,7 @@ class InotifyWatcher:
 
     # The map of watches.
 
-    def _locate(self, node: _Node) -> _Protected | None:
+    def _locate(self, node: _Node) -> _Watched | None:
         """The root that ``node`` lies in, None while it is out of place; brings ``node.base`` up to date."""
         generation = self._generation
         chain = []
@@ -628,7 +592,7 @@ class InotifyWatcher:
         if found.top_of is not None:
             root = found.top_of
             self._lose(root)
-            root.mark(b"", _RESCAN)
+            root.mark(b"", RESCAN)
             self._check_now = True
             # Its watch is gone, so that it will be a new directory when it is looked at again.
             self._unsure[node] = None
@@ -754,7 +718,7 @@ class InotifyWatcher:
                 added = self._enter(node, name, fd)
                 owner = self._locate(node)
                 if added and owner is not None:
-                    owner.mark(node.base + name, _RESCAN)
+                    owner.mark(node.base + name, RESCAN)
         except OSError:
             return False
         finally:
@@ -846,7 +810,7 @@ class InotifyWatcher:
             for name in list(node.unwatched or ()):
                 owner = self._locate(node)
                 if owner is not None:
-                    owner.mark(node.base + name, _RESCAN)
+                    owner.mark(node.base + name, RESCAN)
                     if not self._exhausted:
                         self._settle(node, name)
 
@@ -856,7 +820,7 @@ class InotifyWatcher:
         found = [] if self._trouble is None else [self._trouble]
         for root in self._roots:
             if root.problem is not None:
-                found.append(f"{_show(root.path)}: {root.problem}")
+                found.append(f"{show(root.path)}: {root.problem}")
         reasons: dict[tuple[int, str], list[bytes]] = {}
         for node in self._short:
             owner = self._locate(node)
@@ -864,16 +828,10 @@ class InotifyWatcher:
                 for name, reason in (node.unwatched or {}).items():
                     reasons.setdefault((owner.index, reason), []).append(node.base + name)
         for (index, reason), paths in reasons.items():
-            first = _show(os.path.join(self._roots[index].path, min(paths)))
+            first = show(os.path.join(self._roots[index].path, min(paths)))
             what = first if len(paths) == 1 else f"{first} and {len(paths) - 1} more directories"
-            found.append(f"{what}: not watched, looked at every {_RESCAN_INTERVAL:g} s instead: {reason}")
+            found.append(f"{what}: not watched, looked at every {RESCAN_INTERVAL:g} s instead: {reason}")
         return tuple(found)
-
-    def _check_overlaps(self) -> None:
-        paths = [(os.path.realpath(root.path) + b"/", root.index) for root in self._roots]
-        for (above, _), (below, index) in itertools.pairwise(sorted(paths)):
-            if below.startswith(above):
-                raise WatchError(self._roots[index].path, f"it lies in {_show(above[:-1])}, which is watched already")
 
     def _check_roots(self) -> None:
         self._check_now = False
@@ -882,34 +840,21 @@ class InotifyWatcher:
             self._open()
             for root in self._roots:
                 if root.watched:
-                    root.mark(b"", _RESCAN)
+                    root.mark(b"", RESCAN)
         for root in self._roots:
-            if root.watched and not self._in_place(root):
+            if root.watched and not root.in_place():
                 self._lose(root)
-                root.mark(b"", _RESCAN)
-                root.rescan_at = now + _RESCAN_INTERVAL
+                root.mark(b"", RESCAN)
+                root.rescan_at = now + RESCAN_INTERVAL
             if not root.watched:
                 self._watch(root)
                 if root.watched:
                     log.info("root is watched again", path=root.path)
                 if root.watched or now >= root.rescan_at:
-                    root.mark(b"", _RESCAN)
-                    root.rescan_at = now + _RESCAN_INTERVAL
+                    root.mark(b"", RESCAN)
+                    root.rescan_at = now + RESCAN_INTERVAL
 
-    def _in_place(self, root: _Protected) -> bool:
-        try:
-            status = os.stat(root.parent if root.is_file else root.path)
-            if (status.st_dev, status.st_ino) != root.identity:
-                return False
-            if not root.is_file:
-                return True
-            with contextlib.suppress(OSError):
-                return not stat.S_ISDIR(os.stat(root.path).st_mode)
-            return True
-        except OSError:
-            return False
-
-    def _watch(self, root: _Protected) -> None:
+    def _watch(self, root: _Watched) -> None:
         """Watch ``root`` and all below it, or say in its ``problem`` why not."""
         self._problems_changed = True
         if self._fd < 0:
@@ -941,9 +886,9 @@ class InotifyWatcher:
             root.problem = reason
         else:
             root.device = root.device or status.st_dev
-            root.problem = None if root.device == status.st_dev else _OTHER_FILESYSTEM
+            root.problem = None if root.device == status.st_dev else OTHER_FILESYSTEM
 
-    def _open_root(self, root: _Protected) -> int:
+    def _open_root(self, root: _Watched) -> int:
         try:
             fd = os.open(root.path, _OPEN & ~os.O_NOFOLLOW)
         except OSError as error:
@@ -956,7 +901,7 @@ class InotifyWatcher:
         root.is_file = False
         return fd
 
-    def _lose(self, root: _Protected) -> None:
+    def _lose(self, root: _Watched) -> None:
         """``root`` is not where it was: stop watching it until it is there again."""
         self._problems_changed = True
         if root.top is not None:
@@ -970,7 +915,7 @@ class InotifyWatcher:
             if not files:
                 del self._parents[wd]
                 self._release(wd)
-        root.problem = "it is gone: deleted, moved away or unmounted; put it back"
+        root.problem = GONE
         log.warning("root is gone", path=root.path)
 
     # The kernel.
@@ -1003,12 +948,24 @@ class InotifyWatcher:
         os.set_inheritable(fd, False)
         os.set_blocking(fd, False)
         self._fd = fd
+        self._watch_cookies()
         now = self._clock()
-        self._next_check = now + _ROOT_INTERVAL
-        self._next_rescan = now + _RESCAN_INTERVAL
+        self._next_check = now + ROOT_INTERVAL
+        self._next_rescan = now + RESCAN_INTERVAL
         for root in self._roots:
             self._watch(root)
-            root.rescan_at = now + _RESCAN_INTERVAL
+            root.rescan_at = now + RESCAN_INTERVAL
+
+    def _watch_cookies(self) -> None:
+        self._cookie_wd = -1
+        if not self._cookies.prepare():
+            return
+        with contextlib.suppress(OSError):
+            fd = os.open(self._cookies.path, _OPEN)
+            try:
+                self._cookie_wd = self._add_watch(fd)
+            finally:
+                os.close(fd)
 
     def _shut(self) -> None:
         """Close the inotify instance, and with it every watch."""
@@ -1055,16 +1012,6 @@ class InotifyWatcher:
         return remedy.format(watches=watches, more=max(524288, 4 * (watches or 0)))
 
 
-_kinds: dict[int, Kind] = {}
-
-
-def _kind(bits: int) -> Kind:
-    kind = _kinds.get(bits)
-    if kind is None:
-        kind = _kinds[bits] = Kind(bits)
-    return kind
-
-
 def _limit(name: str) -> int | None:
     """One of the kernel's limits in /proc/sys/fs/inotify."""
     try:
@@ -1072,7 +1019,3 @@ def _limit(name: str) -> int | None:
     except (OSError, ValueError):
         return None
     return value
-
-
-def _show(path: bytes) -> str:
-    return path.decode("utf-8", "backslashreplace")

@@ -1,0 +1,710 @@
+"""The fanotify engine: one mark for a whole filesystem, instead of a watch for each directory.
+
+An event names the directory by the filesystem's own handle, for which the path that leads to it now is found, and the
+entry in it. So new directories need nobody's attention, and nothing is missed in them. The price is that all that
+happens on the filesystem is told, and is to be thrown away where it is not protected.
+
+How hints stay true, although an event tells of the past and its path is that of now:
+
+- Paths of directories are remembered until a directory is renamed. That event names the old place and the new one, and
+  both are reported as RESCAN: whatever was resolved to the one or to the other meanwhile, all of it is looked at.
+- What happened in a directory that is gone since needs no path: its own removal, or its move out of the tree, is an
+  event of the directory above.
+- A mark dies with the filesystem that is unmounted. The kernel's list of marks tells; then the filesystem that lies
+  there now is marked, and everything on it is in doubt.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import select
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from farshore.fmm import fan, mounts
+from farshore.fmm.cookies import Cookies
+from farshore.fmm.errors import WatchError
+from farshore.fmm.patterns import STAGING
+from farshore.fmm.protected import (
+    GONE,
+    OTHER_FILESYSTEM,
+    PARENT,
+    REMEDIES,
+    RESCAN,
+    RESCAN_INTERVAL,
+    ROOT_INTERVAL,
+    Protected,
+    check_overlaps,
+    show,
+)
+from farshore.fmm.scanner import ABSENT
+from farshore.fmm.types import Hint, Kind, Root
+from farshore.log import Log
+
+log = Log(__name__)
+
+_CHUNK = 1 << 18
+_QUEUE_LIMIT = Path("/proc/sys/fs/fanotify/max_queued_events")
+_EVENTS = fan.CREATE | fan.DELETE | fan.RENAME | fan.MODIFY | fan.ATTRIB | fan.CLOSE_WRITE
+_ENTRY = fan.CREATE | fan.DELETE
+# Not O_PATH: handles cannot be opened through such a descriptor.
+_HANDLE = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+#: Paths of directories that are remembered, most of them of such as are not protected.
+_MOST_PATHS = 200_000
+
+_REMEDIES = REMEDIES | {
+    errno.EPERM: "not permitted; give the agent CAP_SYS_ADMIN and CAP_DAC_READ_SEARCH, or let inotify watch",
+    errno.EINVAL: "this kernel is too old for it (Linux 5.17 is needed); let inotify watch",
+    errno.ENOSYS: "this kernel, or its C library, does not have it; let inotify watch",
+    errno.ENODEV: "this filesystem cannot be watched as a whole; let inotify watch",
+    errno.EOPNOTSUPP: "this filesystem has no file handles; let inotify watch",
+    errno.EXDEV: "this subvolume cannot be watched as a whole; let inotify watch",
+    errno.ENOSPC: "the limit on marks is reached; raise it: sysctl -w fs.fanotify.max_user_marks=1048576",
+}
+
+_KINDS = {
+    fan.CREATE: Kind.CREATED,
+    fan.DELETE: Kind.DELETED,
+    fan.MODIFY: Kind.MODIFIED,
+    # A file written through a mapping reports nothing until it is unmapped and so finally closed.
+    fan.CLOSE_WRITE: Kind.MODIFIED,
+    fan.ATTRIB: Kind.ATTRIBUTES,
+    fan.ACCESS: Kind.ATTRIBUTES,
+}
+_FROM: int = Kind.MOVED_FROM.value
+_TO: int = Kind.MOVED_TO.value
+
+
+class _Bits(dict[int, int]):
+    """From an event's mask to the kinds of a hint; the kernel joins several events of one name."""
+
+    def __missing__(self, mask: int) -> int:
+        bits = 0
+        for one, kind in _KINDS.items():
+            if mask & one:
+                bits |= kind.value
+        self[mask] = bits or Kind.ATTRIBUTES.value
+        return self[mask]
+
+
+_BITS = _Bits()
+
+#: Where a directory lies: in which roots, each with the beginning of the paths of what it holds; None: the root is a
+#: single file in it.
+_Places = tuple[tuple[Protected, bytes | None], ...]
+
+
+def why_not(roots: Sequence[Root]) -> str:
+    """Why the engine cannot watch ``roots`` on this machine; "" when it can."""
+    try:
+        group = fan.create()
+    except OSError as error:
+        return _reason(error)
+    try:
+        for root in roots:
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                path = _directory_of(root.path)
+                fan.mark_filesystem(group, path, _EVENTS | fan.ON_DIRECTORY)
+                _try_handle(path)
+    except OSError as error:
+        return f"{show(root.path)}: {_reason(error)}"
+    finally:
+        os.close(group)
+    return ""
+
+
+def _directory_of(path: bytes) -> bytes:
+    return path if os.path.isdir(path) else os.path.dirname(path)
+
+
+def _try_handle(path: bytes) -> None:
+    """Raises OSError unless handles may be opened here."""
+    mount = os.open(path, _HANDLE)
+    try:
+        os.close(fan.open_handle(mount, fan.handle_of(path)))
+    finally:
+        os.close(mount)
+
+
+class _Mount:
+    """A mount on which something protected lies: a directory of it, and its filesystem's number in events."""
+
+    __slots__ = ("device", "fsid", "listed", "path")
+
+    def __init__(self, path: bytes, marked: set[int]) -> None:
+        self.path = path
+        self.device = os.stat(path).st_dev
+        self.fsid = fan.filesystem_of(path)
+        #: Not so where stat tells of another device than the kernel's list, as for subvolumes of Btrfs.
+        self.listed = self.device in marked
+
+    def is_same(self, marked: set[int]) -> bool:
+        """Whether its filesystem is still there, and still marked."""
+        try:
+            return os.stat(self.path).st_dev == self.device and (not self.listed or self.device in marked)
+        except OSError:
+            return False
+
+
+class _Watched(Protected):
+    """A root; ``real`` is its path without links, ``mounts`` what it lies on and what is mounted below it."""
+
+    __slots__ = ("handle", "mounts", "real", "unwatched", "watched")
+
+    def __init__(self, index: int, root: Root) -> None:
+        super().__init__(index, root)
+        self.watched = False
+        self.real = b""
+        #: Of the directory: its inode's number alone may be that of the next one at its place.
+        self.handle = b""
+        self.mounts: list[_Mount] = []
+        #: Filesystems below it that cannot be watched, each with the reason.
+        self.unwatched: dict[bytes, str] = {}
+
+
+class FanotifyWatcher:
+    """Watches directory trees and single files with fanotify (the Watcher protocol of ``types``).
+
+    Hints are as those of the inotify engine. What fanotify cannot tell, so that a periodic scan must: writes through a
+    mapping that is never unmapped; changes that other machines make on a network filesystem. A change through another
+    hard link is reported for the name that was used, wherever on the filesystem that lies.
+
+    ``reads`` also reports (as ATTRIBUTES) files that were only read. ``cookies`` is a directory of our own, by default
+    a temporary one, for the changes by which ``drain`` proves that it has seen all. ``clock`` is a monotonic clock.
+    Raises WatchError for roots that lie in each other and for patterns that are wrong.
+    """
+
+    def __init__(
+        self,
+        roots: Sequence[Root],
+        *,
+        reads: bool = False,
+        cookies: Path | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._roots = [_Watched(index, root) for index, root in enumerate(roots)]
+        self._mask = _EVENTS | fan.ON_DIRECTORY | (fan.ACCESS if reads else 0)
+        self._clock = clock
+        self._state = "new"
+        self._fd = -1
+        self._mount_table = -1
+        self._cookies = Cookies(cookies)
+        self._has_proof = False
+        self._trouble: str | None = None
+        self._problems: tuple[str, ...] = ()
+        self._mounts: dict[bytes, list[_Mount]] = {}
+        #: Descriptors of mounts, held while a buffer of events is worked off: longer, and nobody could unmount them.
+        self._open_mounts: dict[bytes, int] = {}
+        self._paths: dict[bytes, _Places] = {}
+        self._check_now = False
+        self._mounts_changed = False
+        self._next_check = 0.0
+        self._next_rescan = 0.0
+        self._wake_lock = threading.Lock()
+        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+
+    # The Watcher protocol.
+
+    def start(self) -> Sequence[Hint]:
+        """Begin to watch; returns a RESCAN hint for each root.
+
+        Raises WatchError when a root cannot be watched at all (it does not exist, too), or lies in
+        another one; nothing is held then.
+        """
+        if self._state == "closed":
+            raise ValueError("the watcher is closed")
+        if self._state == "paused":
+            return self.resume()
+        if self._state == "new":
+            check_overlaps(self._roots)
+            self._open()
+            for root in self._roots:
+                if not root.watched:
+                    reason = root.problem or self._trouble or "unknown"
+                    self._shut()
+                    self._trouble = None
+                    self._take()
+                    raise WatchError(root.path, reason)
+            self._state = "running"
+        self._doubt_all()
+        return self._take()
+
+    def read(self, timeout: float) -> Sequence[Hint]:
+        """Hints since the last call; blocks for at most ``timeout`` seconds for the first one."""
+        deadline = self._clock() + timeout
+        over = False
+        while True:
+            running = self._state == "running"
+            if running:
+                self._pump()
+            hints = self._take()
+            now = self._clock()
+            if hints or over or now >= deadline or self._state == "closed":
+                return hints
+            until = min(deadline, self._next_check) if running else deadline
+            ready = self._wait(max(0.0, until - now))
+            over = self._wake_fd in ready or (not ready and until == deadline)
+
+    def drain(self) -> Sequence[Hint]:
+        """Every hint for changes made before the call; returns without waiting for more.
+
+        What cannot be watched at the moment is reported as RESCAN.
+        """
+        if self._state == "running":
+            self._catch_up()
+            self._check_roots()
+            for root in self._roots:
+                if not root.watched:
+                    root.mark(b"", RESCAN)
+            self._doubt_unwatched()
+        return self._take()
+
+    def pause(self) -> None:
+        """Stop watching and give back the kernel's resources. Idempotent."""
+        if self._state == "running":
+            self._shut()
+            self._state = "paused"
+            self._problems = ()
+
+    def resume(self) -> Sequence[Hint]:
+        """Watch again; returns RESCAN hints that cover the gap. Idempotent.
+
+        A root that cannot be watched any more is a problem, not an error.
+        """
+        if self._state != "paused":
+            return []
+        self._open()
+        self._state = "running"
+        self._doubt_all()
+        return self._take()
+
+    def wake(self) -> None:
+        """Make a blocked ``read``, or the next one, return at once. Any thread may call it."""
+        with self._wake_lock:
+            if self._wake_fd >= 0:
+                os.eventfd_write(self._wake_fd, 1)
+
+    def close(self) -> None:
+        """Release everything. Idempotent."""
+        self._shut()
+        self._cookies.close()
+        self._state = "closed"
+        with self._wake_lock:
+            if self._wake_fd >= 0:
+                os.close(self._wake_fd)
+                self._wake_fd = -1
+
+    def problems(self) -> Sequence[str]:
+        """What limits the view now, each with its remedy; empty when all is watched.
+
+        As of the end of the last other call; any thread may ask.
+        """
+        return self._problems
+
+    # Events.
+
+    def _pump(self) -> None:
+        """Work off what is queued, up to one buffer, and whatever is due by now."""
+        self._read()
+        now = self._clock()
+        if now >= self._next_check or self._check_now:
+            self._check_roots()
+        if now >= self._next_rescan:
+            self._next_rescan = now + RESCAN_INTERVAL
+            self._doubt_unwatched()
+
+    def _read(self) -> bool:
+        """Work off one buffer; False when nothing is queued."""
+        if self._fd < 0:
+            return False
+        try:
+            data = os.read(self._fd, _CHUNK)
+        except BlockingIOError:
+            return False
+        try:
+            self._digest(data)
+        finally:
+            self._close_mounts()
+        return True
+
+    def _catch_up(self) -> None:
+        """Work off what happened before the call: all that is queued, up to a change of our own."""
+        fd = self._fd
+        if fd < 0:
+            return
+        proof = self._has_proof and self._cookies.make()
+        while self._fd == fd and (self._cookies.expected or not proof):
+            if not self._read():
+                if proof:
+                    # Events are queued before the change that they tell of has returned.
+                    log.error("fanotify did not report a change of our own; looking at everything again")
+                    self._overflow()
+                return
+
+    def _digest(self, data: bytes) -> None:
+        for mask, where, to in fan.events(data):
+            if where is None:
+                if mask & fan.OVERFLOW:
+                    self._overflow()
+                    return
+                continue
+            if mask & fan.CREATE and self._cookies.expected:
+                self._cookies.seen(where[2])
+            is_directory = bool(mask & fan.ON_DIRECTORY)
+            if to is not None:
+                self._told(where, _FROM, is_directory, True)
+                self._told(to, _TO, is_directory, True)
+                if is_directory:
+                    # It, and all below, have other paths now.
+                    self._paths.clear()
+                    self._check_now = True
+            elif is_directory and mask & (_EVENTS | fan.ACCESS) == fan.ACCESS:
+                # Our own scans read directories.
+                continue
+            else:
+                self._told(where, _BITS[mask & (_EVENTS | fan.ACCESS)], is_directory, bool(mask & _ENTRY))
+
+    def _told(self, entry: fan.Entry, bits: int, is_directory: bool, of_entry: bool) -> None:
+        fsid, handle, name = entry
+        key = fsid + handle
+        places = self._paths.get(key)
+        if places is None:
+            if len(self._paths) >= _MOST_PATHS:
+                self._paths.clear()
+            places = self._paths[key] = self._find(fsid, handle)
+        for root, base in places:
+            if base is None:
+                self._file_event(root, name, bits, is_directory)
+                continue
+            if name == b".":
+                path = base[:-1]
+                if not root.plain and not root.filter.allows(path, True):
+                    continue
+                root.mark(path, bits)
+                continue
+            if name.startswith(STAGING):
+                continue
+            path = base + name
+            if root.filter.allows(path, is_directory):
+                root.mark(path, bits | RESCAN if is_directory and of_entry else bits)
+            if of_entry:
+                above = base[:-1]
+                if root.plain or root.filter.allows(above, True):
+                    root.mark(above, PARENT)
+
+    def _file_event(self, root: Protected, name: bytes, bits: int, is_directory: bool) -> None:
+        if name == os.path.basename(root.path) or name == root.name:
+            root.mark(b"", bits)
+            self._check_now |= is_directory
+
+    def _find(self, fsid: bytes, handle: bytes) -> _Places:
+        """Where the directory lies that ``handle`` stands for."""
+        found: dict[int, tuple[Protected, bytes | None]] = {}
+        for mount in self._mounts.get(fsid, ()):
+            path = self._path_of(mount, handle)
+            if path is None:
+                continue
+            for root in self._roots:
+                if not root.watched:
+                    continue
+                if root.is_file:
+                    if path == _top(root):
+                        found[root.index] = root, None
+                elif path == root.real:
+                    found[root.index] = root, b""
+                elif path.startswith(root.real + b"/"):
+                    found[root.index] = root, path[len(root.real) + 1 :] + b"/"
+        return tuple(found.values())
+
+    def _path_of(self, mount: _Mount, handle: bytes) -> bytes | None:
+        at = self._open_mounts.get(mount.path)
+        try:
+            if at is None:
+                at = self._open_mounts[mount.path] = os.open(mount.path, _HANDLE)
+            fd = fan.open_handle(at, handle)
+        except OSError:
+            return None
+        try:
+            return os.readlink(b"/proc/self/fd/%d" % fd)
+        except OSError as error:
+            return self._climb(fd) if error.errno == errno.ENAMETOOLONG else None
+        finally:
+            os.close(fd)
+
+    def _climb(self, fd: int) -> bytes | None:
+        """The path of a directory that is longer than the kernel tells at once, up to one that it does tell."""
+        names: list[bytes] = []
+        here = os.dup(fd)
+        try:
+            while True:
+                status = os.fstat(here)
+                above = os.open(b"..", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=here)
+                os.close(here)
+                here = above
+                with os.scandir(here) as entries:
+                    name = next((os.fsencode(e.name) for e in entries if e.inode() == status.st_ino), None)
+                if name is None:
+                    return None
+                names.append(name)
+                with contextlib.suppress(OSError):
+                    top = os.readlink(b"/proc/self/fd/%d" % here)
+                    return b"/".join([top, *reversed(names)])
+        except OSError:
+            return None
+        finally:
+            os.close(here)
+
+    def _close_mounts(self) -> None:
+        while self._open_mounts:
+            os.close(self._open_mounts.popitem()[1])
+
+    def _overflow(self) -> None:
+        try:
+            limit = _QUEUE_LIMIT.read_text().strip()
+        except OSError:
+            limit = "unknown"
+        log.warning("event queue overflowed; looking at everything again", limit=limit)
+        self._shut()
+        self._open()
+        for root in self._roots:
+            root.marks = {b"": root.marks.get(b"", 0) | RESCAN}
+
+    def _doubt_all(self) -> None:
+        for root in self._roots:
+            root.mark(b"", RESCAN)
+
+    def _doubt_unwatched(self) -> None:
+        for root in self._roots:
+            for path in list(root.unwatched):
+                root.mark(path, RESCAN)
+
+    def _take(self) -> list[Hint]:
+        hints: list[Hint] = []
+        for root in self._roots:
+            if root.marks:
+                hints += root.take()
+        return hints
+
+    def _wait(self, seconds: float) -> set[int]:
+        """Wait for events, mounts, or ``wake``; the descriptors that are ready."""
+        poll = select.poll()
+        poll.register(self._wake_fd, select.POLLIN)
+        if self._fd >= 0:
+            poll.register(self._fd, select.POLLIN)
+        if self._mount_table >= 0:
+            poll.register(self._mount_table, select.POLLPRI)
+        ready = {fd for fd, _ in poll.poll(seconds * 1000)}
+        if self._wake_fd in ready:
+            with contextlib.suppress(BlockingIOError):
+                os.eventfd_read(self._wake_fd)
+        if self._mount_table in ready:
+            # Once told, it is not told again.
+            self._mounts_changed = self._check_now = True
+        return ready
+
+    def _look_at_mounts(self) -> None:
+        if self._mount_table >= 0:
+            poll = select.poll()
+            poll.register(self._mount_table, select.POLLPRI)
+            if poll.poll(0):
+                self._mounts_changed = self._check_now = True
+
+    # Roots and filesystems.
+
+    def _open(self) -> None:
+        """Make a new group, and mark the filesystems of all roots in it."""
+        self._trouble = None
+        try:
+            self._fd = fan.create()
+            if self._mount_table < 0:
+                self._mount_table = os.open("/proc/self/mountinfo", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            self._trouble = f"fanotify does not start: {_reason(error)}"
+            log.error("fanotify does not start", reason=self._trouble)
+            self._shut()
+            self._problems = self._list_problems()
+            return
+        now = self._clock()
+        self._next_check = now + ROOT_INTERVAL
+        self._next_rescan = now + RESCAN_INTERVAL
+        self._watch_cookies()
+        for root in self._roots:
+            self._watch(root)
+            root.rescan_at = now + RESCAN_INTERVAL
+        self._list_mounts()
+
+    def _watch_cookies(self) -> None:
+        self._has_proof = False
+        if not self._cookies.prepare():
+            return
+        try:
+            fan.mark_directory(self._fd, self._cookies.path, fan.CREATE)
+            self._has_proof = True
+        except OSError as error:
+            log.debug("no proof that all was seen", reason=_reason(error))
+
+    def _shut(self) -> None:
+        """Close the group, and with it every mark."""
+        for fd in (self._fd, self._mount_table):
+            if fd >= 0:
+                os.close(fd)
+        self._fd = self._mount_table = -1
+        self._has_proof = False
+        self._close_mounts()
+        self._mounts.clear()
+        self._paths.clear()
+        self._check_now = False
+        for root in self._roots:
+            root.watched = False
+            root.problem = None
+            root.mounts = []
+            root.unwatched = {}
+
+    def _check_roots(self) -> None:
+        """See whether every root, and every filesystem, is still what is watched; also when mounts have changed."""
+        now = self._clock()
+        self._next_check = now + ROOT_INTERVAL
+        if self._fd < 0:
+            self._open()
+            for root in self._roots:
+                if root.watched:
+                    root.mark(b"", RESCAN)
+            if self._fd < 0:
+                return
+        self._look_at_mounts()
+        self._check_now = False
+        marked = fan.marked_devices(self._fd)
+        for root in self._roots:
+            if root.watched:
+                self._check_root(root, marked)
+            if not root.watched:
+                if now >= root.rescan_at:
+                    root.mark(b"", RESCAN)
+                    root.rescan_at = now + RESCAN_INTERVAL
+                self._watch(root)
+                if root.watched:
+                    log.info("root is watched again", path=root.path)
+                    root.mark(b"", RESCAN)
+        self._mounts_changed = False
+        self._list_mounts()
+
+    def _check_root(self, root: _Watched, marked: set[int]) -> None:
+        if not self._is_in_place(root):
+            root.watched = False
+            root.problem = GONE
+            log.warning("root is gone", path=root.path)
+            root.mark(b"", RESCAN)
+            root.rescan_at = self._clock() + RESCAN_INTERVAL
+            return
+        known = {mount.path: mount for mount in root.mounts}
+        below = {os.path.join(root.real, path) for path in root.unwatched}
+        there = set(self._mounts_of(root)) if self._mounts_changed else {*known, *below}
+        # What was mounted, unmounted, or is another filesystem: what lies there is seen anew.
+        changed = {path for path, mount in known.items() if path not in there or not mount.is_same(marked)}
+        changed |= below - there
+        changed |= there - below - known.keys()
+        if changed:
+            self._mark(root)
+        for path in changed:
+            root.mark(path[len(root.real) + 1 :], RESCAN)
+
+    def _is_in_place(self, root: _Watched) -> bool:
+        try:
+            return root.in_place() and self._real(root) == root.real and fan.handle_of(_top(root)) == root.handle
+        except OSError:
+            return False
+
+    def _watch(self, root: _Watched) -> None:
+        """Mark the filesystems of ``root``, or say in its ``problem`` why not."""
+        try:
+            status = self._place(root)
+            root.handle = fan.handle_of(_top(root))
+            self._mark(root)
+        except OSError as error:
+            reason = _reason(error)
+            if root.problem is None:
+                log.warning("root cannot be watched", path=root.path, reason=reason)
+            root.problem = reason
+            return
+        root.identity = (status.st_dev, status.st_ino)
+        root.watched = True
+        root.device = root.device or status.st_dev
+        root.problem = None if root.device == status.st_dev else OTHER_FILESYSTEM
+
+    def _place(self, root: _Watched) -> os.stat_result:
+        """Find out where a root lies; what stat tells of it, or of the directory that holds a single file."""
+        was_file, root.is_file = root.is_file, False
+        root.real = self._real(root)
+        try:
+            top = os.open(root.real, _HANDLE)
+        except OSError as error:
+            # A file that was there and is not now may be on its way back: watch its name.
+            if error.errno not in ABSENT or not (was_file or os.path.lexists(root.path)):
+                raise
+            root.is_file = True
+            root.real = self._real(root)
+            return os.stat(root.parent)
+        try:
+            return os.fstat(top)
+        finally:
+            os.close(top)
+
+    @staticmethod
+    def _real(root: _Watched) -> bytes:
+        """Where a root lies, by a path without links; a single file itself may be one."""
+        if root.is_file:
+            return os.path.join(os.path.realpath(root.parent), root.name)
+        return os.path.realpath(root.path)
+
+    def _mounts_of(self, root: _Watched) -> list[bytes]:
+        """What ``root`` lies on, and what is mounted below it."""
+        return [_top(root)] if root.is_file else [root.real, *mounts.points_below(root.real)]
+
+    def _mark(self, root: _Watched) -> None:
+        """Mark every filesystem of ``root``; raises OSError when that of the root itself cannot be marked."""
+        root.mounts = []
+        root.unwatched = {}
+        self._paths.clear()
+        for path in self._mounts_of(root):
+            try:
+                fan.mark_filesystem(self._fd, path, self._mask)
+                root.mounts.append(_Mount(path, fan.marked_devices(self._fd)))
+            except OSError as error:
+                if not root.mounts:
+                    raise
+                root.unwatched[path[len(root.real) + 1 :]] = _reason(error)
+
+    def _list_mounts(self) -> None:
+        """Bring what is derived from the roots up to date."""
+        self._mounts = {}
+        for mount in self._every_mount():
+            self._mounts.setdefault(mount.fsid, []).append(mount)
+        self._problems = self._list_problems()
+
+    def _every_mount(self) -> Iterable[_Mount]:
+        for root in self._roots:
+            if root.watched:
+                yield from root.mounts
+
+    def _list_problems(self) -> tuple[str, ...]:
+        found = [] if self._trouble is None else [self._trouble]
+        for root in self._roots:
+            if root.problem is not None:
+                found.append(f"{show(root.path)}: {root.problem}")
+            for path, reason in root.unwatched.items():
+                where = show(os.path.join(root.path, path))
+                found.append(f"{where}: not watched, looked at every {RESCAN_INTERVAL:g} s instead: {reason}")
+        return tuple(found)
+
+
+def _top(root: _Watched) -> bytes:
+    """The directory of a root, or the one that holds a single file."""
+    return os.path.dirname(root.real) if root.is_file else root.real
+
+
+def _reason(error: OSError) -> str:
+    return _REMEDIES.get(error.errno or 0) or error.strerror or str(error)
