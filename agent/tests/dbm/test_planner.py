@@ -732,7 +732,7 @@ def test_a_long_walk_is_cut_into_transactions(source: Source, monkeypatch: pytes
 
 
 def test_inode_numbers_use_all_64_bits(source: Source) -> None:
-    row = (1, 0, 0, 0, 0, 0, 0, -1, -2, 1, 0, None, None, None)
+    row = (1, 0, 0, 0, 0, 0, 0, -1, -2, 1, 0, None, None, None, 0)
     source.index.put(_known(0, b"f", row))
     assert [known.path for known in source.index.by_inode(0, (1 << 64) - 1, (1 << 64) - 2)] == [b"f"]
 

@@ -196,8 +196,10 @@ async def run(config: NodeConfig) -> None:
         loop.add_signal_handler(number, stop.set)
     # Compile or load the kernels before anybody waits for them.
     from farshore import delta
+    from farshore.fmm import sums
 
     await asyncio.to_thread(delta.warm_up)
+    await asyncio.to_thread(sums.warm_up)
     config.runtime_dir.mkdir(parents=True, exist_ok=True)
     node = Node(config)
     await node.start(config.runtime_dir / client.NODE_SOCKET)

@@ -8,7 +8,9 @@ is at worst older than the replica, which costs a repetition and never a differe
 from __future__ import annotations
 
 import os
+import secrets
 import sqlite3
+import stat
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -18,10 +20,12 @@ import msgspec
 
 from farshore.dbm.messages import INLINE_MAX
 from farshore.errors import StateError
+from farshore.fmm import sums
 from farshore.fmm.scanner import kind_of
+from farshore.fmm.sums import Sum
 from farshore.fmm.types import FileKind, Observed
 
-_VERSION = 2
+_VERSION = 3
 #: The facts that tell which state of which replica the entries are; ``clear`` forgets them.
 LINEAGE = "lineage"
 SEQ = "seq"
@@ -33,6 +37,8 @@ _COMMITTED = "committed"
 _WRITE_BACK_NS = 600 * 10**9
 #: Whether the replica may hold transactions of a state that is not complete.
 OPEN = "open"
+#: The key of the entries' marks.
+_KEY = "key"
 _INT64 = 1 << 63
 _DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 # The directory comes first in the key, so that what lies in one, and all that lies below one, are ranges of it.
@@ -41,7 +47,8 @@ CREATE TABLE IF NOT EXISTS entries (
   root INTEGER NOT NULL, parent BLOB NOT NULL, name BLOB NOT NULL, kind INTEGER NOT NULL,
   mode INTEGER NOT NULL, uid INTEGER NOT NULL, gid INTEGER NOT NULL, size INTEGER NOT NULL,
   mtime_ns INTEGER NOT NULL, ctime_ns INTEGER NOT NULL, dev INTEGER NOT NULL, ino INTEGER NOT NULL,
-  nlink INTEGER NOT NULL, rdev INTEGER NOT NULL, target BLOB, xattrs BLOB, digest BLOB,
+  nlink INTEGER NOT NULL, rdev INTEGER NOT NULL, target BLOB, xattrs BLOB, digest BLOB, told_ns INTEGER NOT NULL,
+  mark INTEGER NOT NULL,
   PRIMARY KEY (root, parent, name)) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS by_inode ON entries (ino, dev);
 CREATE INDEX IF NOT EXISTS by_size ON entries (size) WHERE kind = {int(FileKind.FILE)} AND size > {INLINE_MAX};
@@ -49,9 +56,9 @@ CREATE TABLE IF NOT EXISTS signatures (
   root INTEGER NOT NULL, path BLOB NOT NULL, signature BLOB NOT NULL, PRIMARY KEY (root, path));
 CREATE TABLE IF NOT EXISTS facts (key TEXT PRIMARY KEY, value BLOB NOT NULL);
 """
-_COLUMNS = "kind, mode, uid, gid, size, mtime_ns, ctime_ns, dev, ino, nlink, rdev, target, xattrs, digest"
+_COLUMNS = "kind, mode, uid, gid, size, mtime_ns, ctime_ns, dev, ino, nlink, rdev, target, xattrs, digest, told_ns"
 _GET = f"SELECT {_COLUMNS} FROM entries WHERE root=? AND parent=? AND name=?"  # noqa: S608
-_PUT = "INSERT OR REPLACE INTO entries VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)"
+_PUT = "INSERT OR REPLACE INTO entries VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)"
 _BY_INODE = f"SELECT parent, name, {_COLUMNS} FROM entries WHERE ino=? AND dev=? AND root=?"  # noqa: S608
 _LIKE = (
     f"SELECT root, parent, name, {_COLUMNS} FROM entries WHERE size=? AND size>{INLINE_MAX} "  # noqa: S608
@@ -59,6 +66,21 @@ _LIKE = (
 )
 _SIZE = f"SELECT 1 FROM entries WHERE size=? AND size>{INLINE_MAX} AND kind={int(FileKind.FILE)} LIMIT 1"  # noqa: S608
 _LISTED = f"SELECT name, {_COLUMNS} FROM entries WHERE root=? AND parent=?"  # noqa: S608
+#: Halves, as a sum must not exceed 63 bits.
+_SUMS = (
+    "SELECT parent, count(*), sum(mark & 4294967295), sum((mark >> 32) & 4294967295) FROM entries "
+    "WHERE root=? AND {} GROUP BY parent"
+)
+_MANY = "SELECT count(*) FROM (SELECT 1 FROM entries WHERE root=? AND {} LIMIT ?)"
+_TYPES = {
+    FileKind.FILE: stat.S_IFREG,
+    FileKind.DIRECTORY: stat.S_IFDIR,
+    FileKind.SYMLINK: stat.S_IFLNK,
+    FileKind.FIFO: stat.S_IFIFO,
+    FileKind.CHARACTER_DEVICE: stat.S_IFCHR,
+    FileKind.BLOCK_DEVICE: stat.S_IFBLK,
+    FileKind.SOCKET: stat.S_IFSOCK,
+}
 _ALL = f"SELECT root, parent, name, {_COLUMNS} FROM entries ORDER BY root, parent, name"  # noqa: S608
 #: Where the root itself is filed: no directory has this path.
 _ABOVE_ROOT = b"/"
@@ -76,7 +98,8 @@ class Known(msgspec.Struct, frozen=True, gc=False):
 
     ``ctime_ns`` is 0 when the content here must be read before it counts as the same: after a comparison with a
     replica that another history made, when the file changed while, or too shortly before, it was read, or when a power
-    cut may have taken it back.
+    cut may have taken it back. ``told_ns``: the wall clock when the last transaction that changed it was made, 0 if
+    that is not known.
     """
 
     root: int
@@ -95,6 +118,7 @@ class Known(msgspec.Struct, frozen=True, gc=False):
     target: bytes | None
     xattrs: tuple[tuple[bytes, bytes], ...]
     digest: bytes | None
+    told_ns: int = 0
 
     def same_identity(self, seen: Observed) -> bool:
         """True when nothing that lstat tells has changed since the replica acknowledged this state."""
@@ -206,6 +230,9 @@ class Index:
                 # All that it holds can be learnt anew by a full comparison, which costs less than a conversion's bugs.
                 self._db.executescript("".join(f"DROP TABLE IF EXISTS {name};" for name in _TABLES))
             self._db.executescript(_SCHEMA + f"PRAGMA user_version={_VERSION};")
+            key = secrets.token_bytes(8)
+            self._db.execute("INSERT OR IGNORE INTO facts VALUES (?, ?)", (_KEY, key))
+            self._key = int.from_bytes(self.get_fact(_KEY) or key, "big")
         except BaseException as error:
             self._db.close()
             if is_damage(error):
@@ -251,7 +278,7 @@ class Index:
         since = int(self.get_fact(_COMMITTED) or b"0") - _WRITE_BACK_NS
         self.begin()
         doubtful = self._db.execute(
-            "UPDATE entries SET ctime_ns=0 WHERE kind=? AND ctime_ns>?", (int(FileKind.FILE), max(since, 0))
+            "UPDATE entries SET ctime_ns=0, mark=0 WHERE kind=? AND ctime_ns>?", (int(FileKind.FILE), max(since, 0))
         ).rowcount
         self.set_fact(_BOOT, boot.encode())
         self.commit()
@@ -322,6 +349,22 @@ class Index:
             longest = max(longest, int(self._db.execute(query, (root, *values)).fetchone()[0] or 0))
         return longest
 
+    def has_below(self, root: int, path: bytes, many: int) -> bool:
+        """True when ``many`` paths, or more, are known below a directory."""
+        found = 0
+        for where, values in _below(path):
+            if found < many:
+                found += self._db.execute(_MANY.format(where), (root, *values, many - found)).fetchone()[0]
+        return found >= many
+
+    def sums(self, root: int, path: bytes) -> tuple[int, dict[bytes, Sum]]:
+        """The key of the marks; and the sums of ``path``, a directory, and of all below it that hold anything."""
+        found: dict[bytes, Sum] = {}
+        for where, values in _below(path):
+            for parent, entries, low, high in self._db.execute(_SUMS.format(where), (root, *values)):
+                found[parent] = Sum(entries, low, high)
+        return self._key, found
+
     def children(self, root: int, path: bytes) -> list[bytes]:
         """Paths directly below a directory."""
         rows = self._db.execute("SELECT name FROM entries WHERE root=? AND parent=?", (root, path)).fetchall()
@@ -355,7 +398,28 @@ class Index:
                 entry.target,
                 _xattr_encoder.encode(entry.xattrs) if entry.xattrs else None,
                 entry.digest,
+                entry.told_ns,
+                self._mark(name, entry),
             ),
+        )
+
+    def _mark(self, name: bytes, entry: Known) -> int:
+        """The mark by which a directory's listing is compared; 0, which nothing has, for what must be looked at."""
+        if not entry.ctime_ns or not entry.ino or entry.mode < 0:
+            return 0
+        return _signed(
+            sums.mark(
+                self._key,
+                name,
+                _TYPES[entry.kind] | entry.mode,
+                entry.uid,
+                entry.gid,
+                entry.size,
+                entry.mtime_ns,
+                entry.ctime_ns,
+                entry.dev,
+                entry.ino,
+            )
         )
 
     def put_all(self, entries: Iterable[Known]) -> None:
@@ -382,6 +446,10 @@ class Index:
             "UPDATE entries SET parent=?, name=? WHERE root=? AND parent=? AND name=?",
             (parent, name, root, *_split(path)),
         )
+        moved = self.get(root, to)
+        if moved is not None:
+            # Its mark goes by its name.
+            self.put(moved)
         for column, table in (("parent", "entries"), ("path", "signatures")):
             # "||" makes text of bytes, without looking at them; the cast takes that back.
             self._db.execute(
@@ -449,7 +517,7 @@ def _signed(number: int) -> int:
 
 
 def _known(root: int, path: bytes, row: Sequence[Any]) -> Known:
-    kind, mode, uid, gid, size, mtime_ns, ctime_ns, dev, ino, nlink, rdev, target, xattrs, digest = row
+    kind, mode, uid, gid, size, mtime_ns, ctime_ns, dev, ino, nlink, rdev, target, xattrs, digest, told_ns = row
     return Known(
         root,
         path,
@@ -467,4 +535,5 @@ def _known(root: int, path: bytes, row: Sequence[Any]) -> Known:
         target,
         _xattr_decoder.decode(xattrs) if xattrs else (),
         digest,
+        told_ns,
     )

@@ -17,6 +17,7 @@ import blake3
 from msgspec.structs import replace
 
 from farshore.dbm import wire
+from farshore.dbm.census import Census
 from farshore.dbm.index import Index, Known, clamp_time, parent_of
 from farshore.dbm.messages import (
     INLINE_MAX,
@@ -39,7 +40,7 @@ from farshore.dbm.messages import (
 from farshore.dbm.owners import Leaving
 from farshore.dbm.replica import paths
 from farshore.dbm.unkept import shown, summary
-from farshore.dbm.work import Batch, Content, Job, Work
+from farshore.dbm.work import Batch, Content, Depth, Job, Work
 from farshore.errors import UnsafePath
 from farshore.fmm import scanner
 from farshore.fmm.patterns import Filter
@@ -69,6 +70,10 @@ _LINKED = (FileKind.SYMLINK, FileKind.FIFO)
 _NO_INODE = (-1, 0, 0)
 _FAR_AWAY = "its time is before 1677 or after 2262, and is sent as the nearest of these"
 _CONTENT = Kind.MODIFIED | Kind.CREATED | Kind.MOVED_TO
+#: Nobody said that it changed: it is in a directory that is listed, whose subdirectories are not.
+_LISTED = Kind(0)
+#: From so many known paths on, a part of the tree is compared by directories.
+_MANY_PATHS = 2000
 
 
 class _Unobservable(Exception):
@@ -82,7 +87,7 @@ class Planned:
     ``changed`` names the paths that it changes on the replica; with ``drastic``, a directory is moved, removed or
     replaced, so that what is below it changes too. ``uploads``: numbers of those that it puts into place or ends.
     ``ended``: works of which nothing is left to do. ``more``: the next transaction belongs to the same state;
-    ``placed``: where something is put, when a snapshot is read.
+    ``placed``: where something is put, when a snapshot is read. ``made_ns``: the wall clock.
     """
 
     seq: int
@@ -96,17 +101,22 @@ class Planned:
     ended: list[Work] = field(default_factory=list)
     more: bool = False
     placed: set[tuple[int, bytes]] = field(default_factory=set)
+    made_ns: int = field(default_factory=time.time_ns)
 
 
 class Planner:
     """Plans the transactions of one group of ``epoch``.
 
     The index is ahead of the replica: it tells what the replica will have when all that was planned has come through.
-    ``again`` holds hints for what changed while it was read, ``new_jobs`` large files that are to be read.
+    ``again`` holds hints for what changed while it was read, ``new_jobs`` large files that are to be read,
+    ``new_census`` parts of the tree that are to be compared by directories. ``missed`` is what is not where it was, and
+    may have been moved: it is to be given to ``look_for_missed`` when all that changed before was looked at. Only for
+    whoever is ``assisted`` there is any of these two.
     """
 
-    def __init__(self, index: Index, roots: list[Root], epoch: int) -> None:
+    def __init__(self, index: Index, roots: list[Root], epoch: int, assisted: bool = False) -> None:
         self._index = index
+        self._assisted = assisted
         self._roots = roots
         self._epoch = epoch
         self._filters = [Filter(root) for root in roots]
@@ -130,6 +140,8 @@ class Planner:
         self._unreadable: dict[tuple[int, bytes], int] = {}
         self.again: list[Hint] = []
         self.new_jobs: list[Job] = []
+        self.new_census: list[Census] = []
+        self.missed: list[tuple[int, bytes, Work]] = []
         #: Roots that are missing, or look as if they were not mounted: what is protected cannot be told from them.
         self.absent_roots: set[int] = set()
         #: Paths that were looked at so far.
@@ -212,6 +224,29 @@ class Planner:
         self._jobs.clear()
         self._held.clear()
         self.new_jobs.clear()
+        self.new_census.clear()
+        self.missed.clear()
+
+    def take_up(self, census: Census) -> Batch:
+        """The batch that looks at what a census has found."""
+        work = census.work
+        batch = Batch([work])
+        if census.differing is None:
+            batch.walk(census.root, census.path, work, Depth.THOROUGH)
+        else:
+            for path in reversed(census.differing):
+                batch.walk(census.root, path, work, Depth.SHALLOW)
+            batch.look(census.root, census.path, _LISTED, work)
+        work.left -= 1  # that it waited for the census
+        return batch
+
+    def look_for_missed(self, missed: list[tuple[int, bytes, Work]]) -> Batch:
+        """The batch that removes what was missed, and has not turned up under another name."""
+        batch = Batch([work for _, _, work in missed])
+        for root, path, work in missed:
+            batch.vanish(root, path, work, surely=True)
+            work.left -= 1
+        return batch
 
     def _step(self, batch: Batch) -> Work:
         if batch.todo:
@@ -221,12 +256,12 @@ class Planner:
             if self._jobs:
                 self._drop_unused(root, path)
         elif batch.walks:
-            root, path, work = batch.walks.pop()
-            self._list(batch, root, path, work)
+            root, path, work, depth = batch.walks.pop()
+            self._list(batch, root, path, work, depth)
         else:
-            root, path, work = batch.vanished.pop()
+            root, path, work, surely = batch.vanished.pop()
             with contextlib.suppress(_Unobservable):
-                self._gone(batch, root, path, work)
+                self._gone(batch, root, path, work, surely)
         return work
 
     def _drop_unused(self, root: int, path: bytes) -> None:
@@ -350,8 +385,14 @@ class Planner:
             return False
         return status is not None and (status.st_dev, status.st_ino) == (dev, ino)
 
-    def _list(self, batch: Batch, root: int, path: bytes, work: Work) -> None:
+    def _list(self, batch: Batch, root: int, path: bytes, work: Work, depth: Depth) -> None:
         """Look at everything in one directory, and at what should be there and is not."""
+        if depth is Depth.DEEP and self._is_large(root, path):
+            work.left += 1
+            key, sums = self._index.sums(root, path)
+            filter = self._filters[root]
+            self.new_census.append(Census(root, self._roots[root].path, path, filter, key, sums, work))
+            return
         try:
             names = [name for name, _ in self.view.names(root, path, self._filters[root])]
         except (FileNotFoundError, NotADirectoryError):
@@ -363,8 +404,9 @@ class Planner:
         self._note(root, path, "entries", None)
         prefix = path + b"/" if path else b""
         there = {prefix + name for name in names}
+        kind = _LISTED if depth is Depth.SHALLOW else Kind.RESCAN
         for child in sorted(there, reverse=True):
-            batch.look(root, child, Kind.RESCAN, work)
+            batch.look(root, child, kind, work)
         for child in self._index.children(root, path):
             if child in there:
                 continue
@@ -373,6 +415,10 @@ class Planner:
                 batch.vanish(root, child, work)
             else:
                 self._index.remove(root, child)
+
+    def _is_large(self, root: int, path: bytes) -> bool:
+        """Whether so much is known below a directory that it is worth comparing it by directories."""
+        return self._assisted and not self.view.still and self._index.has_below(root, path, _MANY_PATHS)
 
     def _look(self, batch: Batch, root: int, path: bytes, kind: Kind, work: Work) -> None:
         self.looked_at += 1
@@ -395,7 +441,7 @@ class Planner:
             return
         force = bool(kind & _CONTENT)
         # Of a file, lstat tells all; of others it is believed only where nobody said that they changed.
-        believed = not force if stat.S_ISREG(status.st_mode) else kind is Kind.RESCAN
+        believed = not force if stat.S_ISREG(status.st_mode) else kind is Kind.RESCAN or kind is _LISTED
         if not (believed and known is not None and known.is_unchanged(status)):
             self._sync(batch, status, root, path, known, force, work)
         if is_directory and Kind.RESCAN in kind:
@@ -471,7 +517,7 @@ class Planner:
             return True
         return False
 
-    def _gone(self, batch: Batch, root: int, path: bytes, work: Work) -> None:
+    def _gone(self, batch: Batch, root: int, path: bytes, work: Work, surely: bool) -> None:
         known = self._index.get(root, path)
         seen = self._observe(root, path)
         if seen is not None:
@@ -487,8 +533,26 @@ class Planner:
             self._forget_problems(root, path)
             self._unreadable.pop((root, path), None)
             self._look_behind(batch, root, path, None, work)
-            if known is not None:
+            if known is not None and not surely and self._may_have_moved(known, work):
+                work.left += 1
+                self.missed.append((root, path, work))
+            elif known is not None:
                 self._remove(batch, known, work)
+
+    def _may_have_moved(self, known: Known, work: Work) -> bool:
+        """Whether it is worth waiting until all that changed before was looked at: it may stand somewhere else.
+
+        Removed at once, much would have to be sent again.
+        """
+        if not self._assisted or self.view.still:
+            return False
+        if known.kind is FileKind.DIRECTORY:
+            return self._index.has_below(known.root, known.path, 1)
+        if known.kind is not FileKind.FILE or known.size <= INLINE_MAX:
+            return False
+        item = work.item
+        was_deleted = Kind.DELETED in item.kind and Kind.MOVED_FROM not in item.kind
+        return not (was_deleted and (item.root, item.path) == (known.root, known.path))
 
     def _remove(self, batch: Batch, known: Known, work: Work) -> None:
         self._look_at_other_names(batch, known, work)
@@ -591,7 +655,7 @@ class Planner:
                 return False
             self._present(seen)
         self._plan.frames.append(wire.frame(SetMeta(root, path, self._meta(seen))))
-        self._index.put(_known(seen, None, settled=True))
+        self._index.put(self._entry(seen, None, None))
         return True
 
     def _sync(
@@ -768,7 +832,7 @@ class Planner:
             if not known.same_meta(seen):
                 self._plan.operations += 1
                 self._touched.add((seen.root, seen.path))
-        self._index.put(_known(seen, None, settled=True))
+        self._index.put(self._entry(seen, None, known))
 
     def _sync_special(self, seen: Observed, known: Known | None) -> None:
         names = self._other_names(seen) if seen.nlink > 1 and seen.kind in _LINKED else []
@@ -783,7 +847,7 @@ class Planner:
                 self._emit(MakeNode(seen.root, seen.path, self._meta(seen), int(seen.kind), seen.rdev))
         elif not known.same_meta(seen):
             self._emit(SetMeta(seen.root, seen.path, self._meta(seen)))
-        entry = _known(seen, None, settled=True)
+        entry = self._entry(seen, None, known)
         self._index.put_all([entry, *(replace(entry, path=name.path) for name in names)])
 
     # --- files
@@ -795,7 +859,7 @@ class Planner:
             return
         if known is not None and known.listed_alike(seen) and not force:
             self._emit_meta(seen, known)
-            self._index.put(_known(seen, None, settled=True))
+            self._index.put(self._entry(seen, None, known))
             self._disown(seen, [])
             return
         names: list[Known] = []
@@ -844,10 +908,15 @@ class Planner:
                 self._index.set_signature(seen.root, name.path, self._index.get_signature(seen.root, seen.path))
             self._index.put(replace(entry, path=name.path))
 
+    def _entry(self, seen: Observed, digest: bytes | None, known: Known | None) -> Known:
+        """What the replica has after what was told: ``seen``, of which ``known`` was known before."""
+        told = (seen.root, seen.path) in self._plan.changed or known is None
+        return _known(seen, digest, self._plan.made_ns if told or known is None else known.told_ns)
+
     def _link(self, seen: Observed, name: Known) -> Known:
         """Tell that what was seen is another name of a file that the replica has as ``name``."""
         self._emit(Link(seen.root, seen.path, name.path))
-        known = replace(name, path=seen.path)
+        known = replace(name, path=seen.path, told_ns=self._plan.made_ns)
         self._index.put(known)
         self._index.set_signature(seen.root, seen.path, self._index.get_signature(seen.root, name.path))
         return known
@@ -885,7 +954,7 @@ class Planner:
                 self._index.set_signature(seen.root, seen.path, None)
         else:
             self._emit_meta(seen, known)
-        return _known(seen if len(data) == seen.size else replace(seen, size=len(data)), digest, settled=True)
+        return self._entry(seen if len(data) == seen.size else replace(seen, size=len(data)), digest, known)
 
     def _large(self, batch: Batch, seen: Observed, known: Known | None, work: Work) -> tuple[Known, Content] | None:
         """Tell of a large file that was read, or have it read: then None is returned, and ``work`` waits for it.
@@ -918,7 +987,7 @@ class Planner:
         elif not self._copy(seen, content):
             self._have_read(seen, None, False, work)
             return None
-        return _known(replace(seen, size=content.length), content.digest, settled=True), content
+        return self._entry(replace(seen, size=content.length), content.digest, known), content
 
     def _have_read(self, seen: Observed, job: Job | None, hash_only: bool, work: Work) -> None:
         """Have a file read; when that is under way already, ``work`` is looked at once more afterwards."""
@@ -992,7 +1061,7 @@ def _doubtful(known: Known, seen: Observed) -> bool:
     return known.nlink > 1 and (known.dev, known.ino) != (seen.dev, seen.ino)
 
 
-def _known(seen: Observed, digest: bytes | None, settled: bool) -> Known:
+def _known(seen: Observed, digest: bytes | None, told_ns: int) -> Known:
     return Known(
         seen.root,
         seen.path,
@@ -1002,7 +1071,7 @@ def _known(seen: Observed, digest: bytes | None, settled: bool) -> Known:
         seen.gid,
         seen.size,
         seen.mtime_ns,
-        seen.ctime_ns if settled else 0,
+        seen.ctime_ns,
         seen.dev,
         seen.ino,
         seen.nlink,
@@ -1010,6 +1079,7 @@ def _known(seen: Observed, digest: bytes | None, settled: bool) -> Known:
         seen.target,
         seen.xattrs,
         digest,
+        told_ns,
     )
 
 

@@ -31,6 +31,7 @@ from farshore.config import Bandwidth, NodeRef
 from farshore.dbm import wire
 from farshore.dbm.bandwidth import Pacer
 from farshore.dbm.blocks import BlockReader, BlockWriter, tune
+from farshore.dbm.census import Census
 from farshore.dbm.index import LINEAGE, OPEN, SEQ, Index, IndexDamaged, Known, clamp_time, is_damage, set_aside
 from farshore.dbm.messages import (
     Ack,
@@ -262,6 +263,11 @@ class Sender:
         self._heard = 0.0
         self._blocks: BlockWriter | None = None
         self._uploads: Uploads | None = None
+        #: What the planner has others do; and how many of the first are not done yet.
+        self._censuses: asyncio.Queue[Census] = asyncio.Queue()
+        self._missed: asyncio.Queue[list[tuple[int, bytes, Work]]] = asyncio.Queue()
+        self._counting = 0
+        self._looked = asyncio.Event()
         self._wake = asyncio.Event()
         self._acked = asyncio.Event()
         self._is_waking = False
@@ -451,7 +457,7 @@ class Sender:
             if doubtful:
                 _log.info("read again, as the machine was started anew", group=self._group, files=doubtful)
             self._pending = _Pending(self._pending_path)
-            self._planner = Planner(self._index, [root for _, root in self._roots], self._epoch)
+            self._planner = Planner(self._index, [root for _, root in self._roots], self._epoch, assisted=True)
         return self._index, self._planner
 
     async def _connect_and_send(self) -> None:
@@ -529,11 +535,21 @@ class Sender:
         self._drain = False
         self._heard = time.monotonic()
         self._answers = asyncio.Queue()
+        self._censuses = asyncio.Queue()
+        self._missed = asyncio.Queue()
+        self._counting = 0
         self._uploads = Uploads(planner.view, self, welcome.uploads)
         self._open = await self._in_worker(self._note_open, index)
         follow = self._follow if self._snapshots is None else self._follow_states
         _log.info("replicating", group=self._group, to=self._peer.node, epoch=self._epoch)
-        parts = [self._listen(inbox, index, planner), follow(index, planner), self._uploads.run(), self._mind()]
+        parts = [
+            self._listen(inbox, index, planner),
+            follow(index, planner),
+            self._uploads.run(),
+            self._take_censuses(planner),
+            self._seek_missed(planner),
+            self._mind(),
+        ]
         if self.verifier is not None:
             parts.append(self.verifier.session(self))
         await _until_one_ends(*parts)
@@ -752,6 +768,14 @@ class Sender:
         for job in planner.new_jobs:
             self._uploads.add(job)
         planner.new_jobs.clear()
+        for census in planner.new_census:
+            self._counting += 1
+            self._censuses.put_nowait(census)
+        planner.new_census.clear()
+        if planner.missed:
+            self._missed.put_nowait(planner.missed)
+            planner.missed = []
+        self._looked.set()
         again, planner.again = planner.again, []
         if again:
             self._dirty.mark(again, time.monotonic())
@@ -810,6 +834,41 @@ class Sender:
             if not self._works and not self._dirty.waiting():
                 self.comparing = False
             await self._note_progress()
+
+    # --- what the planner has others do
+
+    async def _take_censuses(self, planner: Planner) -> None:
+        """Compare parts of the tree by directories, while transactions go on."""
+        while True:
+            census = await self._censuses.get()
+            started = time.monotonic()
+            await self._loop.run_in_executor(None, census.run)
+            self._batches.append(await self._in_worker(planner.take_up, census))
+            self._counting -= 1
+            self._wake.set()
+            _log.debug(
+                "compared by directories",
+                group=self._group,
+                path=census.path,
+                differing=len(census.differing or ()),
+                seconds=round(time.monotonic() - started, 2),
+            )
+
+    async def _seek_missed(self, planner: Planner) -> None:
+        """Have removed what was missed, when everything that changed before was looked at."""
+        while True:
+            missed = await self._missed.get()
+            mark = self._dirty.next_mark()
+            if self._barrier is not None:
+                # Where nothing is watched now, what is marked is all there is.
+                with contextlib.suppress(FarshoreError, TimeoutError):
+                    async with asyncio.timeout(_BARRIER_SECONDS):
+                        mark = await self._barrier()
+            while self._batches or self._counting or self._dirty.waits_below(mark):
+                self._looked.clear()
+                await self._looked.wait()
+            self._batches.append(await self._in_worker(planner.look_for_missed, missed))
+            self._wake.set()
 
     # --- whole states
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import os
 from dataclasses import dataclass, field, replace
 
@@ -53,6 +54,17 @@ def _moment(status: os.stat_result) -> tuple[int, int, int]:
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
+class Depth(enum.Enum):
+    """How much of a directory is looked at."""
+
+    #: What it holds, and nothing below.
+    SHALLOW = enum.auto()
+    #: All below; of a large part of the tree only what the index does not know as it is.
+    DEEP = enum.auto()
+    #: All below, one by one.
+    THOROUGH = enum.auto()
+
+
 @dataclass(eq=False)
 class Job:
     """A large file to be read: to be hashed only, when its content may be on the replica already, or to be sent.
@@ -83,9 +95,9 @@ class Batch:
 
     works: list[Work]
     #: Stacks: the last is next, so parents stay before their children.
-    walks: list[tuple[int, bytes, Work]] = field(default_factory=list)
+    walks: list[tuple[int, bytes, Work, Depth]] = field(default_factory=list)
     todo: list[tuple[int, bytes, Kind, Work]] = field(default_factory=list)
-    vanished: list[tuple[int, bytes, Work]] = field(default_factory=list)
+    vanished: list[tuple[int, bytes, Work, bool]] = field(default_factory=list)
 
     @classmethod
     def of(cls, items: list[Dirty]) -> Batch:
@@ -105,13 +117,16 @@ class Batch:
         work.left += 1
         self.todo.append((root, path, kind, work))
 
-    def walk(self, root: int, path: bytes, work: Work) -> None:
+    def walk(self, root: int, path: bytes, work: Work, depth: Depth = Depth.DEEP) -> None:
         """Look at everything in the directory ``path``, once, when all that is to be looked at was."""
-        if not self.walks or self.walks[-1] != (root, path, work):
+        if not self.walks or self.walks[-1] != (root, path, work, depth):
             work.left += 1
-            self.walks.append((root, path, work))
+            self.walks.append((root, path, work, depth))
 
-    def vanish(self, root: int, path: bytes, work: Work) -> None:
-        """Nothing was at ``path``: if that is still so when all else was looked at, it is gone."""
+    def vanish(self, root: int, path: bytes, work: Work, *, surely: bool = False) -> None:
+        """Nothing was at ``path``: if that is still so when all else was looked at, it is gone.
+
+        ``surely``: and was not moved, as all that changed before was looked at.
+        """
         work.left += 1
-        self.vanished.append((root, path, work))
+        self.vanished.append((root, path, work, surely))

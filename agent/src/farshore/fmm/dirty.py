@@ -90,8 +90,7 @@ class DirtySet:
         with self._changed:
             while self._dirty and len(taken) < limit:
                 number, key = self._queue[0]
-                entry = self._dirty.get(key)
-                if entry is None or entry.mark_no != number:
+                if not self._is_waiting(number, key):
                     heapq.heappop(self._queue)
                     continue
                 chain = self._ancestors(key)
@@ -156,6 +155,14 @@ class DirtySet:
                     above.add((item.root, item.path))
         return {key for key in paths if key in exact or (above and _lies_in(key, above))}
 
+    def waits_below(self, mark: int) -> bool:
+        """Whether a path waits that was marked before ``mark`` was the next number."""
+        with self._changed:
+            queue = self._queue
+            while queue and not self._is_waiting(*queue[0]):
+                heapq.heappop(queue)
+            return bool(queue) and queue[0][0] < mark
+
     def waiting(self) -> int:
         """How many paths wait."""
         with self._changed:
@@ -193,6 +200,11 @@ class DirtySet:
         self._order.append(number)
         heapq.heappush(self._queue, (number, key))
         return entry
+
+    def _is_waiting(self, number: int, key: _Key) -> bool:
+        """False for what _queue still holds of an entry that is gone."""
+        entry = self._dirty.get(key)
+        return entry is not None and entry.mark_no == number
 
     def _lowest(self) -> int | None:
         order = self._order

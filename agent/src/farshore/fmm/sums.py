@@ -1,0 +1,294 @@
+"""What all entries of a directory look like, in one number: read from the disk by machine code, several at a time.
+
+An entry's mark is a hash of its name and of all that lstat tells of it and by which a change is noticed. The sum of the
+marks of a directory's entries can be kept up to date entry by entry, in any order, and compared with what is on the
+disk without a look at any entry. Marks are keyed with a secret of each index, so that nobody can make two changes that
+cancel each other out; by chance, a change goes unnoticed once in 2^64 times.
+
+The kernels call the C library by name: directories are read by getdents64 and statx (both in glibc since 2.30).
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import struct
+import tempfile
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+
+from farshore.fmm.patterns import STAGING
+
+# Imported by name: only some of the numba versions we support carry type information.
+_numba: Any = importlib.import_module("numba")
+_types: Any = _numba.types
+
+u8: Any = np.uint8
+u64: Any = np.uint64
+i64: Any = np.int64
+Array = Any
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+#: Words of an entry's record before its name: mode with type, owners, size, mtime, ctime, device, inode, name's length.
+_WORDS = 8
+_RECORD = struct.Struct(f"<{_WORDS}q")
+_MOST_NAME = 256
+#: Bytes of directory entries that are asked for at once.
+_ENTRIES = 1 << 16
+#: Room for the names of subdirectories in one call.
+_NAMES = 1 << 20
+
+# The constants of MurmurHash3's finaliser (Austin Appleby, public domain), and the golden ratio.
+_MIX_1 = np.uint64(0xFF51AFD7ED558CCD)
+_MIX_2 = np.uint64(0xC4CEB9FE1A85EC53)
+_STEP = np.uint64(0x9E3779B97F4A7C15)
+_S33 = np.uint64(33)
+_LOW = np.uint64(0xFFFFFFFF)
+_S32 = np.uint64(32)
+
+_OPEN = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_NOFOLLOW = 0x100
+_BASIC_STATS = 0x7FF
+_TYPE = 0o170000
+_DIRECTORY = 0o040000
+_SOCKET = 0o140000
+_STAGING = np.frombuffer(STAGING, np.uint8)
+
+_openat: Any = _types.ExternalFunction("openat", _types.int32(_types.int32, _types.uintp, _types.int32))
+_close: Any = _types.ExternalFunction("close", _types.int32(_types.int32))
+_getdents: Any = _types.ExternalFunction("getdents64", _types.intp(_types.int32, _types.uintp, _types.uintp))
+_statx: Any = _types.ExternalFunction(
+    "statx", _types.int32(_types.int32, _types.uintp, _types.int32, _types.uint32, _types.uintp)
+)
+
+
+class Sum(NamedTuple):
+    """Of a directory: the number of its entries, and the sums of the lower and the upper halves of their marks."""
+
+    entries: int
+    low: int
+    high: int
+
+
+#: Of a directory that holds nothing.
+NOTHING = Sum(0, 0, 0)
+
+
+def _kernel(signature: str, **options: Any) -> Callable[[_F], _F]:
+    decorate: Callable[[_F], _F] = _numba.njit(signature, cache=True, nogil=True, **options)
+    return decorate
+
+
+@_kernel("uint64(uint64, uint64)", inline="always")
+def _mixed(state: Any, word: Any) -> Any:
+    state = (state ^ word) * _MIX_1
+    state ^= state >> _S33
+    return state * _MIX_2 + _STEP
+
+
+@_kernel("uint64(uint64[::1], int64, uint64)")
+def _hash(words: Array, count: int, key: Any) -> Any:
+    """The mark of a record of ``count`` words."""
+    state = key
+    for i in range(count):
+        state = _mixed(state, words[i])
+    return state ^ (state >> _S33)
+
+
+@_kernel(
+    "int64(int32, uint8[::1], int64[::1], int64, uint64, uint64[:, ::1], uint8[::1], int64[::1], uint8[::1], "
+    "uint8[::1], uint64[::1])"
+)
+def _sum_up(
+    root: int,
+    paths: Array,
+    starts: Array,
+    first: int,
+    key: Any,
+    sums: Array,
+    names: Array,
+    owners: Array,
+    buffer: Array,
+    status: Array,
+    record: Array,
+) -> int:
+    """Sum up the directories from ``first`` on; returns where it ended: not all, if there is no room for more names.
+
+    Directory i has the path at ``starts[i]``, ended by a zero byte and relative to ``root``, a descriptor. ``sums[i]``
+    becomes entries, low, high, and 1 if all could be read. Subdirectories: names, each ended by a zero byte, and for
+    each the number of its directory in ``owners``, which begins with their count and the bytes they take.
+    """
+    words = status.view(np.uint64)
+    halves = status.view(np.uint32)
+    quarters = status.view(np.uint16)
+    bytes_of = record.view(np.uint8)
+    found, used = owners[0], owners[1]
+    total = starts.shape[0]
+    for i in range(first, total):
+        before_found, before_used = found, used
+        sums[i, 0] = sums[i, 1] = sums[i, 2] = sums[i, 3] = u64(0)
+        fd = _openat(np.int32(root), np.uintp(paths.ctypes.data + starts[i]), np.int32(_OPEN))
+        if fd < 0:
+            continue
+        good = True
+        full = False
+        while good:
+            length = _getdents(fd, np.uintp(buffer.ctypes.data), np.uintp(_ENTRIES))
+            if length <= 0:
+                good = length == 0
+                break
+            at = i64(0)
+            while at < length:
+                size = i64(buffer[at + 16]) | (i64(buffer[at + 17]) << 8)
+                name = at + 19
+                end = name
+                while buffer[end] != 0:
+                    end += 1
+                at += size
+                count = end - name
+                if buffer[name] == 46:
+                    if count == 1 or (count == 2 and buffer[name + 1] == 46):
+                        continue
+                    if count >= _STAGING.shape[0]:
+                        ours = True
+                        for k in range(_STAGING.shape[0]):
+                            ours &= buffer[name + k] == _STAGING[k]
+                        if ours:
+                            continue
+                code = _statx(
+                    fd,
+                    np.uintp(buffer.ctypes.data + name),
+                    np.int32(_NOFOLLOW),
+                    np.uint32(_BASIC_STATS),
+                    np.uintp(status.ctypes.data),
+                )
+                if code != 0 or count >= _MOST_NAME:
+                    good = False
+                    break
+                mode = i64(quarters[14])
+                if mode & _TYPE == _SOCKET:
+                    continue
+                record[0] = u64(mode)
+                record[1] = u64(halves[5]) | (u64(halves[6]) << _S32)
+                record[2] = words[5]
+                record[3] = words[14] * u64(1000000000) + u64(halves[30])
+                record[4] = words[12] * u64(1000000000) + u64(halves[26])
+                major, minor = u64(halves[34]), u64(halves[35])
+                # As makedev(3) puts them together.
+                record[5] = (
+                    ((major & u64(0xFFFFF000)) << _S32)
+                    | ((major & u64(0xFFF)) << u64(8))
+                    | ((minor & u64(0xFFFFFF00)) << u64(12))
+                    | (minor & u64(0xFF))
+                )
+                record[6] = words[4]
+                record[7] = u64(count)
+                filled = _WORDS + (count + 7) // 8
+                record[filled - 1] = u64(0)
+                for k in range(count):
+                    bytes_of[8 * _WORDS + k] = buffer[name + k]
+                mark = _hash(record, filled, key)
+                sums[i, 0] += u64(1)
+                sums[i, 1] += mark & _LOW
+                sums[i, 2] += mark >> _S32
+                if mode & _TYPE == _DIRECTORY:
+                    if used + count + 1 > names.shape[0] or found + 3 > owners.shape[0]:
+                        full = True
+                        good = False
+                        break
+                    for k in range(count + 1):
+                        names[used + k] = buffer[name + k]
+                    used += count + 1
+                    owners[2 + found] = i
+                    found += 1
+        _close(fd)
+        if full and before_found:
+            # Those of this directory come with the next call.
+            return i
+        sums[i, 3] = u64(1) if good else u64(0)
+        if not good:
+            found, used = before_found, before_used
+        owners[0], owners[1] = found, used
+    return int(total)
+
+
+def mark(
+    key: int, name: bytes, mode: int, uid: int, gid: int, size: int, mtime_ns: int, ctime_ns: int, dev: int, ino: int
+) -> int:
+    """The mark of an entry, in 64 bits: ``mode`` with the type of what it is, as lstat tells it."""
+    record = _RECORD.pack(
+        mode,
+        _signed(uid | gid << 32),
+        _signed(size),
+        mtime_ns,
+        ctime_ns,
+        _signed(dev),
+        _signed(ino),
+        len(name),
+    )
+    words = np.frombuffer(bytearray(record + name + bytes(-len(name) % 8)), np.uint64)
+    return int(_hash(words, len(words), key))
+
+
+def _signed(number: int) -> int:
+    return number - (1 << 64) if number >= 1 << 63 else number
+
+
+def warm_up() -> None:
+    """Load or compile the kernels; raises RuntimeError if they are wrong about a directory that holds nothing."""
+    with tempfile.TemporaryDirectory(prefix="farshore-") as empty:
+        top = os.open(empty, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            if Room().sum_up(top, [b"."], 1) != [(NOTHING, [])] or not mark(1, b"x", 0, 0, 0, 0, 0, 0, 0, 0):
+                raise RuntimeError("the self-test of reading directories failed")
+        finally:
+            os.close(top)
+
+
+class Room:
+    """What one thread needs to sum up directories."""
+
+    def __init__(self) -> None:
+        self._names = np.empty(_NAMES, np.uint8)
+        self._owners = np.empty(2 + _NAMES // 4, np.int64)
+        self._buffer = np.empty(_ENTRIES, np.uint8)
+        self._status = np.empty(256, np.uint8)
+        self._record = np.zeros(_WORDS + _MOST_NAME // 8, np.uint64)
+
+    def sum_up(self, root: int, paths: Sequence[bytes], key: int) -> list[tuple[Sum | None, list[bytes]]]:
+        """For each of the directories, relative to the descriptor ``root``: its sum, and the names of those in it.
+
+        No sum where something in it could not be read, or it is no directory, or too large for this.
+        """
+        ends = np.cumsum([len(path) + 1 for path in paths], dtype=np.int64)
+        starts = np.concatenate((np.zeros(1, np.int64), ends[:-1]))
+        packed = np.frombuffer(b"\0".join(paths) + b"\0", np.uint8).copy()
+        sums = np.zeros((len(paths), 4), np.uint64)
+        below: list[list[bytes]] = [[] for _ in paths]
+        first = 0
+        while first < len(paths):
+            self._owners[:2] = 0
+            first = _sum_up(
+                root,
+                packed,
+                starts,
+                first,
+                key,
+                sums,
+                self._names,
+                self._owners,
+                self._buffer,
+                self._status,
+                self._record,
+            )
+            count, used = int(self._owners[0]), int(self._owners[1])
+            names = self._names[:used].tobytes().split(b"\0")
+            for owner, name in zip(self._owners[2 : 2 + count].tolist(), names, strict=False):
+                below[owner].append(name)
+        rows = sums.tolist()
+        return [
+            (Sum(row[0], row[1], row[2]) if row[3] else None, names) for row, names in zip(rows, below, strict=True)
+        ]
