@@ -275,6 +275,14 @@ class Consistency:
 
 
 @dataclass(frozen=True, slots=True)
+class Watch:
+    """How changes are noticed: by which engine (see ``fmm.factory``), and whether mapped files are looked for."""
+
+    engine: Literal["auto", "inotify", "fanotify"] = "auto"
+    mapped: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class OwnerMap:
     """Users and groups that are called otherwise on the backup server: names there by names on the local server."""
 
@@ -309,6 +317,7 @@ class NodeGroup:
     brake: BrakeConfig = field(default_factory=BrakeConfig)
     verify: Verification = field(default_factory=Verification)
     consistency: Consistency = field(default_factory=Consistency)
+    watch: Watch = field(default_factory=Watch)
     owners: Literal["number", "name"] = "number"
     owner_map: OwnerMap = field(default_factory=OwnerMap)
 

@@ -38,6 +38,7 @@ from farshore.errors import FarshoreError, NotInTime, StaleEpoch
 from farshore.fmm.dirty import DirtySet
 from farshore.fmm.factory import make_watcher
 from farshore.fmm.feed import Feed
+from farshore.fmm.mapped import Mapped
 from farshore.fmm.types import Root
 from farshore.log import Log
 from farshore.tls import Credentials
@@ -200,7 +201,13 @@ class Group:
             lambda: self._feed is not None and self._feed.watching and not self._paused,
             self._owners,
         )
-        self._feed = Feed(lambda: make_watcher("auto", roots), self._dirty, self._sender.wake)
+        engine, cookies = self.config.watch.engine, self._state / "cookies"
+        self._feed = Feed(
+            lambda: make_watcher(engine, roots, cookies=cookies),
+            self._dirty,
+            self._sender.wake,
+            Mapped(roots) if self.config.watch.mapped else None,
+        )
         self._feed.start()
         self._sender_task = asyncio.create_task(self._sender.run(), name=f"send {self.name}")
         self._sender_task.add_done_callback(self._sender_ended)
@@ -472,7 +479,7 @@ class Group:
         started = time.monotonic()
         try:
             async with asyncio.timeout(timeout):
-                mark = await self._barrier(feed)
+                mark = await self._barrier(feed, with_mapped=True)
         except TimeoutError:
             why = "; ".join(feed.problems()) or "the watcher is still starting"
             raise NotInTime(f"flush of group {self.name}", timeout, why) from None
@@ -500,11 +507,11 @@ class Group:
         return await asyncio.wrap_future(self._feed.barrier())
 
     @staticmethod
-    async def _barrier(feed: Feed) -> int:
+    async def _barrier(feed: Feed, with_mapped: bool = False) -> int:
         """Ask until the watcher can answer: a root that is missing may come back any moment."""
         while True:
             try:
-                return await asyncio.wrap_future(feed.barrier())
+                return await asyncio.wrap_future(feed.barrier(with_mapped=with_mapped))
             except FarshoreError:
                 await asyncio.sleep(_RETRY_SECONDS)
 

@@ -455,6 +455,7 @@ class Planner:
         if not self._has_root(root):
             return
         self._present(seen)
+        self._look_behind(batch, root, b"", None, work)
         known = self._index.get(root, b"")
         if seen.kind is FileKind.FILE:
             # A root that is a single file has no directory of ours to be looked up in.

@@ -10,6 +10,7 @@ from concurrent.futures import Future
 
 from farshore.errors import FarshoreError
 from farshore.fmm.dirty import DirtySet
+from farshore.fmm.mapped import Mapped
 from farshore.fmm.types import Hint, Watcher
 from farshore.log import Log
 
@@ -22,12 +23,21 @@ class Feed:
     """Runs a watcher in a thread of its own and marks what it reports in ``dirty``.
 
     ``make`` gives a new watcher; it is asked again when one fails, and every start puts all roots in doubt.
-    ``on_marked`` is called in that thread whenever something was marked. Requests from other threads are answered
-    through futures, so that the watcher sees one caller only; none stays without an answer.
+    ``on_marked`` is called in that thread whenever something was marked. ``mapped`` is asked for what no watcher is
+    told of. Requests from other threads are answered through futures, so that the watcher sees one caller only; none
+    stays without an answer.
     """
 
-    def __init__(self, make: Callable[[], Watcher], dirty: DirtySet, on_marked: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        make: Callable[[], Watcher],
+        dirty: DirtySet,
+        on_marked: Callable[[], None],
+        mapped: Mapped | None = None,
+    ) -> None:
         self._make = make
+        self._mapped = mapped
+        self._paused = False
         self._watcher = make()
         self._dirty = dirty
         self._on_marked = on_marked
@@ -44,12 +54,13 @@ class Feed:
         """Begin to watch, in the background; every root is marked for a scan when it is watched."""
         self._thread.start()
 
-    def barrier(self) -> Future[int]:
+    def barrier(self, *, with_mapped: bool = False) -> Future[int]:
         """When done, every change made before the call is marked, with a lower number than the result.
 
-        The future holds a FarshoreError where nothing is watched.
+        ``with_mapped``: and every file that is mapped now, as it may have changed. The future holds a FarshoreError
+        where nothing is watched.
         """
-        return self._request(lambda: self._watcher.drain())
+        return self._request(lambda: [*self._watcher.drain(), *self._look_at_mapped(all_now=with_mapped)])
 
     def pause(self) -> Future[int]:
         """Stop watching and give back the kernel's resources."""
@@ -57,7 +68,7 @@ class Feed:
 
     def resume(self) -> Future[int]:
         """Watch again; what changed in between is marked."""
-        return self._request(lambda: self._watcher.resume())
+        return self._request(self._resume)
 
     def close(self) -> None:
         """End the thread; returns when it has ended."""
@@ -68,7 +79,9 @@ class Feed:
 
     def problems(self) -> list[str]:
         """What limits the view now."""
-        return [self._problem] if self._problem else list(self._watcher.problems())
+        if self._problem:
+            return [self._problem]
+        return [*self._watcher.problems(), *([self._mapped.problem] if self._mapped and self._mapped.problem else [])]
 
     def _request(self, action: Callable[[], Sequence[Hint]]) -> Future[int]:
         future: Future[int] = Future()
@@ -82,7 +95,15 @@ class Feed:
 
     def _pause(self) -> Sequence[Hint]:
         self._watcher.pause()
+        self._paused = True
         return ()
+
+    def _resume(self) -> Sequence[Hint]:
+        self._paused = False
+        return self._watcher.resume()
+
+    def _look_at_mapped(self, *, all_now: bool = False) -> Sequence[Hint]:
+        return () if self._mapped is None or self._paused else self._mapped.look(all_now=all_now)
 
     def _mark(self, hints: Sequence[Hint]) -> None:
         if hints:
@@ -97,6 +118,7 @@ class Feed:
                 self.watching = True
                 while not self._stop.is_set():
                     self._mark(self._watcher.read(_READ_SECONDS))
+                    self._mark(self._look_at_mapped())
                     self._serve()
             except Exception as error:
                 self._fail(error)
@@ -119,6 +141,7 @@ class Feed:
         self._stop.wait(_RETRY_SECONDS)
         self._refuse(self._problem)
         self._watcher = self._make()
+        self._paused = False
 
     def _serve(self) -> None:
         while (request := self._next()) is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 
 _TABLE = "/proc/self/mountinfo"
@@ -18,6 +19,19 @@ def points_below(path: bytes) -> list[bytes]:
     """As ``points``, only those below a real path."""
     above = path.rstrip(b"/") + b"/"
     return sorted({point for point in points() if point.startswith(above) and point != above})
+
+
+def kinds() -> dict[int, str]:
+    """The type of the filesystem on each device that is mounted; empty when that is not told."""
+    found = {}
+    try:
+        with open(_TABLE, "rb") as table:
+            for line in table:
+                major, _, minor = line.split(b" ", 3)[2].partition(b":")
+                found[os.makedev(int(major), int(minor))] = line.partition(b" - ")[2].split(b" ", 1)[0].decode()
+    except OSError:
+        return {}
+    return found
 
 
 def _plain(text: bytes) -> bytes:
