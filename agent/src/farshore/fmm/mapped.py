@@ -140,7 +140,7 @@ class Mapped:
         return [file.hint for file in before.values()]
 
     def _resolve(self, process: bytes, inode: int, path: bytes, kinds: dict[int, str], now: float) -> _File | None:
-        """What is to be looked at, if the file may be protected: its path, or, if that is another one here, its inode."""
+        """What is to be looked at, if the file may be protected: its path or, where that is another's, its inode."""
         status = _status(path)
         if status is not None and status.st_ino == inode:
             for index, root, filter in self._roots:
@@ -164,8 +164,8 @@ class Mapped:
         return None
 
     def _note(self, denied: int) -> None:
-        # Whoever runs it for his own files only sees his own processes, and need not be told; nor is there anything to be
-        # done where even the right to trace does not help.
+        # Whoever runs it for his own files sees his own processes only, and need not be told; nor is there anything to
+        # be done where even the right to trace does not help.
         problem = ""
         if denied and os.geteuid() == 0 and not _may_trace():
             problem = (
