@@ -159,6 +159,18 @@ def test_units_of_bandwidth(limit: str, rate: float) -> None:
         (["groups", "web", "paths"], [], ["groups.web.paths", "empty"]),
         (["groups", "web", "paths"], [{"source": "srv"}], ["groups.web.paths[0].source", "absolute"]),
         (["groups", "web", "paths"], [{"source": "/"}], ["groups.web.paths[0].source"]),
+        (
+            ["groups", "web", "paths"],
+            [{"source": "/a", "max_size": "10"}],
+            ["groups.web.paths[0].max_size", "'10'", "GB"],
+        ),
+        (["groups", "web", "paths"], [{"source": "/a", "min_age": "1w"}], ["groups.web.paths[0].min_age", "'1w'"]),
+        (
+            ["groups", "web", "paths"],
+            [{"source": "/a", "min_age": "2h", "max_age": "90m"}],
+            ["groups.web.paths[0].max_age", "90m", "2h"],
+        ),
+        (["groups", "web", "paths"], [{"source": "/a", "one_filesystem": "yes"}], ["paths[0].one_filesystem", "true"]),
         (["groups", "web", "paths"], [{"source": "/a"}, {"source": "/a/b"}], ["groups.web.paths", "/a/b"]),
         (["groups", "web", "paths"], [{"source": "/var/lib"}], ["state_dir", "/var/lib"]),
         (["groups", "web", "units"], "nginx", ["groups.web.units", "list"]),

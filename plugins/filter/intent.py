@@ -25,7 +25,9 @@ _GROUP_KEYS = (
     "consistency", "history", "owners", "owner_map",
 )  # fmt: skip
 _SITE_KEYS = ("network", "public_address")
-_PATH_KEYS = ("path", "replica", "include", "exclude")
+_PATH_AGES = ("min_age", "max_age")
+_PATH_LIMITS = ("max_size", *_PATH_AGES, "one_filesystem")
+_PATH_KEYS = ("path", "replica", "include", "exclude", *_PATH_LIMITS)
 _SERVICE_KEYS = ("port", "protocol", "backend_port", "check")
 _CHECK_KEYS = ("kind", "interval", "timeout", "rise", "fall", "path", "host", "statuses")
 _RPO_KEYS = ("warn", "critical")
@@ -39,6 +41,7 @@ _HISTORY_KEYS = (*_HISTORY_AGES, "space")
 _DURATION = re.compile(r"([0-9]{1,6})([smhd]?)")
 _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400}
 _SPACE = re.compile(r"([0-9]{1,9}) ?(%|MB|GB|TB)")
+_FILE_SIZE = re.compile(r"([0-9]{1,12}) ?(B|kB|MB|GB|TB)")
 _VERIFY_KEYS = ("every", "contents", "rate", "days", "from", "to")
 _PERIODS = ("never", "day", "week", "month")
 _OWNER_KEYS = ("users", "groups")
@@ -187,6 +190,7 @@ def _path(item: Any, group: str, side: str, intent: Intent, replica_root: str) -
     entry: dict[str, Any] = {"source": source, "path": path}
     if isinstance(item, Mapping):
         entry.update({key: list(item[key]) for key in ("include", "exclude") if item.get(key)})
+        entry.update({key: item[key] for key in _PATH_LIMITS if item.get(key)})
     return entry
 
 
@@ -307,6 +311,22 @@ def _path_errors(where: str, item: Any) -> Iterator[str]:
         value = item.get(key, [])
         if not isinstance(value, Sequence) or isinstance(value, str):
             yield f"{where}.{key}: {value!r} is not a list of patterns"
+    size = item.get("max_size", "")
+    found = _FILE_SIZE.fullmatch(size) if isinstance(size, str) else None
+    if size != "" and (found is None or not int(found[1])):
+        yield f"{where}.max_size: {size!r} is not a size; allowed: a number above 0 of B, kB, MB, GB or TB"
+    seconds = []
+    for key in _PATH_AGES:
+        value = item.get(key, "0")
+        found = _DURATION.fullmatch(value) if isinstance(value, str) else None
+        if found is None:
+            yield f"{where}.{key}: {value!r} is not a duration, such as 30s, 24h or 90d; '0' is none"
+        else:
+            seconds.append(int(found[1]) * _UNITS[found[2]])
+    if len(seconds) == len(_PATH_AGES) and 0 < seconds[1] <= seconds[0]:
+        yield f"{where}.max_age: {item['max_age']} is not more than min_age {item['min_age']}: no file would be sent"
+    if not isinstance(item.get("one_filesystem", False), bool):
+        yield f"{where}.one_filesystem: {item['one_filesystem']!r} is not allowed; allowed: true, false"
 
 
 def _service_errors(where: str, item: Any) -> Iterator[str]:

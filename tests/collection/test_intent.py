@@ -207,6 +207,36 @@ def test_both_ends_are_told_how_fast_to_send(intent: ModuleType, inventory: Inve
     assert not {"bandwidth", "compress"} & set(monitor)
 
 
+LIMITS: list[dict[str, Any]] = [
+    {"max_size": "10GB", "min_age": "30s", "max_age": "90d", "one_filesystem": True},
+    *({"max_size": size} for size in ("1B", "512 kB", "2TB", "", "0GB", "10G", "10%", "-1GB", "1.5GB", 10, None)),
+    *({"min_age": age} for age in ("0", "30", "30s", "1.5h", "-1s", "", 30, None)),
+    *({"max_age": age} for age in ("0", "90d", "90 d", "1w", True)),
+    *({"min_age": "1h", "max_age": age} for age in ("1h", "60m", "59m", "61m", "0")),
+    *({"one_filesystem": value} for value in (False, "yes", 1)),
+    {"max_files": 5},
+]
+
+
+@pytest.mark.parametrize("keys", LIMITS, ids=str)
+def test_preflight_and_agent_agree_on_the_limits_of_a_path(
+    intent: ModuleType, inventory: Inventory, keys: dict[str, Any]
+) -> None:
+    config = pytest.importorskip("farshore.config")
+    inventory["intent"]["web"]["paths"] = [{"path": "/srv/www", **keys}]
+    found = errors(intent, inventory)
+    try:
+        config.parse({"source": "/srv/www", **keys}, config.PathConfig)
+    except config.ConfigError:
+        assert found and all(error.startswith("farshore_groups.web.paths[0].") for error in found)
+    else:
+        assert found == []
+        for host in ("web1", "bak1"):
+            group = intent.node_groups(inventory["intent"], host, inventory["hostvars"], "/replicas")["web"]
+            (path,) = yaml.safe_load(yaml.dump(group))["paths"]
+            assert config.parse(path, config.PathConfig) == config.PathConfig("/srv/www", "/srv/www", **keys)
+
+
 CONSISTENCIES: list[dict[str, Any]] = [
     {},
     {"mode": "snapshot"},

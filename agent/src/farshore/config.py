@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
 import types
 import typing
@@ -20,6 +21,7 @@ import netaddr
 import yaml
 
 from farshore.errors import ConfigError
+from farshore.fmm.types import Root
 
 Side = Literal["local", "remote"]
 _T = TypeVar("_T")
@@ -32,6 +34,8 @@ _DURATION = re.compile(r"([0-9]{1,6})([smhd]?)")
 _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400}
 _SPACE = re.compile(r"([0-9]{1,9}) ?(%|MB|GB|TB)")
 _SIZES = {"%": 1, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_FILE_SIZE = re.compile(r"([0-9]{1,12}) ?(B|kB|MB|GB|TB)")
+_FILE_SIZES = {"B": 1, "kB": 10**3, **_SIZES}
 #: Below this, in bytes/s, even what keeps a connection alive would be late.
 _LEAST_RATE = 8e3
 
@@ -76,12 +80,20 @@ class Tls:
 
 @dataclass(frozen=True, slots=True)
 class PathConfig:
-    """One protected path. ``source`` names it the same on both sides; ``path`` is where it lies here."""
+    """One protected path. ``source`` names it the same on both sides; ``path`` is where it lies here.
+
+    Files larger than ``max_size``, changed within ``min_age`` or not since ``max_age`` are left alone; with
+    ``one_filesystem``, so is what is mounted below (``fmm.limits``).
+    """
 
     source: str
     path: str = ""
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    max_size: str = ""
+    min_age: str = "0"
+    max_age: str = "0"
+    one_filesystem: bool = False
 
     def __post_init__(self) -> None:
         if not self.path:
@@ -92,6 +104,24 @@ class PathConfig:
             value: str = getattr(self, name)
             if not value.startswith("/") or "/../" in value + "/" or value.rstrip("/") == "":
                 raise ConfigError(f"{where}.{name}", f"{value!r} is not allowed; an absolute path other than / is")
+        _file_size(f"{where}.max_size", self.max_size)
+        least, most = (_duration(f"{where}.{name}", getattr(self, name)) for name in ("min_age", "max_age"))
+        if most and most <= least:
+            raise ConfigError(
+                f"{where}.max_age", f"{self.max_age} is not more than min_age {self.min_age}: no file would be sent"
+            )
+
+    def root(self) -> Root:
+        """What is protected, as the file monitoring takes it."""
+        return Root(
+            os.fsencode(self.path).rstrip(b"/"),
+            self.include,
+            self.exclude,
+            _file_size("max_size", self.max_size),
+            _duration("min_age", self.min_age),
+            _duration("max_age", self.max_age),
+            self.one_filesystem,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -613,6 +643,17 @@ def _space(where: str, value: str) -> tuple[bool, int]:
     if not found or (found[2] == "%" and int(found[1]) > 90):
         raise ConfigError(where, f"{value!r} is not a size; allowed: up to 90%, or a number of MB, GB or TB")
     return found[2] == "%", int(found[1]) * _SIZES[found[2]]
+
+
+def _file_size(where: str, value: str) -> int:
+    """The bytes of a text such as 10GB; 0, which is no limit, for an empty one."""
+    if not value:
+        return 0
+    found = _FILE_SIZE.fullmatch(value)
+    size = int(found[1]) * _FILE_SIZES[found[2]] if found else 0
+    if not size:
+        raise ConfigError(where, f"{value!r} is not a size; allowed: a number above 0 of B, kB, MB, GB or TB")
+    return size
 
 
 def _days(where: str, value: str) -> frozenset[int]:

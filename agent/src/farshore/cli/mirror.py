@@ -9,8 +9,10 @@ import ipaddress
 import os
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 
+from farshore.config import PathConfig
 from farshore.errors import NotInTime, UsageError
 
 _GROUP = "mirror"
@@ -31,6 +33,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--once", action="store_true", help="end when DST is in step")
     parser.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help="gitignore pattern")
     parser.add_argument("--include", action="append", default=[], metavar="PATTERN", help="exception to an exclude")
+    parser.add_argument("--max-size", default="", metavar="SIZE", help="leave larger files alone, e.g. 10GB")
+    parser.add_argument("--min-age", default="0", metavar="AGE", help="send what was not changed for so long, e.g. 30s")
+    parser.add_argument("--max-age", default="0", metavar="AGE", help="leave older files alone, e.g. 90d")
+    parser.add_argument("--one-filesystem", action="store_true", help="leave what is mounted below SRC alone")
     parser.add_argument(
         "--history",
         action="store_true",
@@ -57,36 +63,35 @@ def run(arguments: argparse.Namespace) -> int:
     ):
         if path == others or path.startswith(others.rstrip("/") + "/"):
             raise UsageError(f"{name} {path} lies in {other} {others}; the two must be apart")
-    options = tuple(arguments.include), tuple(arguments.exclude)
-    return asyncio.run(
-        _mirror(source, destination, Path(state), *options, once=arguments.once, history=arguments.history)
+    path = PathConfig(
+        "/mirror",
+        source,
+        tuple(arguments.include),
+        tuple(arguments.exclude),
+        arguments.max_size,
+        arguments.min_age,
+        arguments.max_age,
+        arguments.one_filesystem,
     )
+    path.validate("SRC")
+    return asyncio.run(_mirror(path, destination, Path(state), once=arguments.once, history=arguments.history))
 
 
-async def _mirror(
-    source: str,
-    destination: str,
-    state: Path,
-    include: tuple[str, ...],
-    exclude: tuple[str, ...],
-    *,
-    once: bool,
-    history: bool = False,
-) -> int:
-    from farshore.config import BrakeConfig, Endpoint, History, NodeConfig, NodeGroup, NodeRef, PathConfig, Tls
+async def _mirror(path: PathConfig, destination: str, state: Path, *, once: bool, history: bool = False) -> int:
+    from farshore.config import BrakeConfig, Endpoint, History, NodeConfig, NodeGroup, NodeRef, Tls
     from farshore.control import client
     from farshore.daemons.node import Node
 
     state.mkdir(parents=True, exist_ok=True, mode=0o700)
-    _claim(state, source, destination)
+    _claim(state, path.path, destination)
     make_keys(state / "pki", ("source", "replica"))
 
-    def config(name: str, peer: str, peer_port: int, path: str) -> NodeConfig:
+    def config(name: str, peer: str, peer_port: int, path: PathConfig) -> NodeConfig:
         keys = Tls(state / "pki/ca.crt", state / f"pki/{name}.crt", state / f"pki/{name}.key")
         group = NodeGroup(
             side="local" if name == "source" else "remote",
             peer=NodeRef(peer, _HOST, peer_port),
-            paths=(PathConfig("/mirror", path, include, exclude),),
+            paths=(path,),
             # Whoever asks for a mirror wants what is there, whatever becomes of it.
             brake=BrakeConfig("off"),
             history=History() if history else History("0", "0", "0"),
@@ -97,11 +102,11 @@ async def _mirror(
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    replica = Node(config("replica", "source", 0, destination))
+    replica = Node(config("replica", "source", 0, replace(path, path=destination)))
     origin: Node | None = None
     try:
         await replica.start(state / "replica" / client.NODE_SOCKET)
-        origin = Node(config("source", "replica", replica.port, source))
+        origin = Node(config("source", "replica", replica.port, path))
         await origin.start(state / client.NODE_SOCKET)
         await replica.groups[_GROUP].set_owner("local", 1, False)
         await origin.groups[_GROUP].set_owner("local", 1, False)

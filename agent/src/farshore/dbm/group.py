@@ -39,7 +39,6 @@ from farshore.fmm.dirty import DirtySet
 from farshore.fmm.factory import make_watcher
 from farshore.fmm.feed import Feed
 from farshore.fmm.mapped import Mapped
-from farshore.fmm.types import Root
 from farshore.log import Log
 from farshore.tls import Credentials
 
@@ -85,10 +84,7 @@ class Group:
         self._record_path = state / "group.json"
         state.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._record = load(self._record_path)
-        self._roots = [
-            (item.source, Root(os.fsencode(item.path).rstrip(b"/"), item.include, item.exclude))
-            for item in config.paths
-        ]
+        self._roots = [(item.source, item.root()) for item in config.paths]
         self._change = asyncio.Lock()
         self._snapshots = Snapshots(name, config.consistency, [root for _, root in self._roots], state)
         self._dirty = DirtySet()

@@ -341,6 +341,31 @@ class Index:
                 found.append(_known(root, _joined(parent, name), row))
         return found
 
+    def exceeding_below(
+        self, root: int, path: bytes, size: int | None, mtime_ns: int | None, mounts: bool
+    ) -> Iterator[Known]:
+        """The files below a directory that are larger than ``size``, or were modified before ``mtime_ns``.
+
+        With ``mounts``, also the directories on which the replica has something mounted.
+        """
+        limit = (_INT64 - 1 if size is None else size, -_INT64 if mtime_ns is None else clamp_time(mtime_ns), mounts)
+        for where, values in _below(path):
+            query = (
+                f"SELECT parent, name, {_COLUMNS} FROM entries WHERE root=? AND {where} "  # noqa: S608
+                f"AND ((kind={int(FileKind.FILE)} AND (size>? OR mtime_ns<?)) "
+                f"OR (? AND kind={int(FileKind.DIRECTORY)} AND rdev<>0))"
+            )
+            for parent, name, *row in self._db.execute(query, (root, *values, *limit)):
+                yield _known(root, _joined(parent, name), row)
+
+    def count_below(self, root: int, path: bytes) -> int:
+        """Number of known paths below a directory."""
+        total = 0
+        for where, values in _below(path):
+            query = f"SELECT count(*) FROM entries WHERE root=? AND {where}"  # noqa: S608
+            total += int(self._db.execute(query, (root, *values)).fetchone()[0])
+        return total
+
     def longest_below(self, root: int, path: bytes) -> int:
         """Length of the longest known path below a directory; 0 when nothing is known below it."""
         longest = 0

@@ -42,7 +42,7 @@ from farshore.dbm.replica import paths
 from farshore.dbm.unkept import shown, summary
 from farshore.dbm.work import Batch, Content, Depth, Job, Work
 from farshore.errors import UnsafePath
-from farshore.fmm import scanner
+from farshore.fmm import limits, scanner
 from farshore.fmm.patterns import Filter
 from farshore.fmm.types import FileKind, Hint, Kind, Observed, Root
 from farshore.fmm.view import Live, View
@@ -114,12 +114,25 @@ class Planner:
     whoever is ``assisted`` there is any of these two.
     """
 
-    def __init__(self, index: Index, roots: list[Root], epoch: int, assisted: bool = False) -> None:
+    def __init__(
+        self,
+        index: Index,
+        roots: list[Root],
+        epoch: int,
+        assisted: bool = False,
+        clock: Callable[[], int] = time.time_ns,
+    ) -> None:
         self._index = index
         self._assisted = assisted
+        self._clock = clock
         self._roots = roots
         self._epoch = epoch
         self._filters = [Filter(root) for root in roots]
+        self._limited = [limits.is_limited(root) for root in roots]
+        self._boundaries = limits.Boundaries(roots)
+        #: What is looked at again when it is old enough to be sent, and what the limits leave alone.
+        self.young = limits.Young(roots)
+        self.left_alone = limits.LeftAlone()
         #: Where the roots are read: live, or in the snapshot that is being sent.
         self.view: View = Live(roots)
         # What a state that is not complete yet puts at paths of the replica, where its tree has something else.
@@ -174,6 +187,7 @@ class Planner:
         finally:
             # A later batch must see what came since.
             self.view.forget()
+            self._boundaries.forget()
         if plan.frames:
             plan.more = more is not None and more(plan)
             self._close(plan)
@@ -317,6 +331,8 @@ class Planner:
         for (root, path, _), why in list(self.problems.items()):
             by_reason.setdefault(why, []).append((root, path))
         lines = [summary(why, len(where), self._where(*where[0])) for why, where in by_reason.items()]
+        for why, count, example, more in self.left_alone.counts():
+            lines.append(summary(why, count, b"" if example is None else self._where(*example), more=more))
         if len(lines) > _MOST_REASONS:
             lines[_MOST_REASONS:] = [f"{len(lines) - _MOST_REASONS} more problems of other kinds"]
         return lines
@@ -330,6 +346,8 @@ class Planner:
         """Nothing is at ``path``, so nothing is wrong there or below."""
         for key in [k for k in self.problems if k[0] == root and (k[1] == path or k[1].startswith(path + b"/"))]:
             del self.problems[key]
+        if self._limited[root]:
+            self.left_alone.forget_below(root, path)
 
     def _lstat(self, root: int, path: bytes) -> os.stat_result | None:
         """What lstat tells of a path below a root, None when nothing is there.
@@ -387,6 +405,10 @@ class Planner:
 
     def _list(self, batch: Batch, root: int, path: bytes, work: Work, depth: Depth) -> None:
         """Look at everything in one directory, and at what should be there and is not."""
+        if self._boundaries.mount_of(root, path) is not None:
+            for child in self._index.children(root, path):
+                self._index.remove(root, child)
+            return
         if depth is Depth.DEEP and self._is_large(root, path):
             work.left += 1
             key, sums = self._index.sums(root, path)
@@ -428,6 +450,8 @@ class Planner:
             self._look_at_root(batch, root, kind, work)
             return
         status = self._lstat(root, path)
+        if self._limited[root] and (status is None or not stat.S_ISREG(status.st_mode)):
+            self.young.forget(root, path)
         if status is None:
             batch.vanish(root, path, work)
             return
@@ -440,6 +464,8 @@ class Planner:
                 self._remove(batch, known, work)
             return
         force = bool(kind & _CONTENT)
+        if self._limited[root] and self._leave_alone(batch, root, path, status, known, force, work):
+            return
         # Of a file, lstat tells all; of others it is believed only where nobody said that they changed.
         believed = not force if stat.S_ISREG(status.st_mode) else kind is Kind.RESCAN or kind is _LISTED
         if not (believed and known is not None and known.is_unchanged(status)):
@@ -457,13 +483,131 @@ class Planner:
         self._present(seen)
         self._look_behind(batch, root, b"", None, work)
         known = self._index.get(root, b"")
+        if Kind.RESCAN in kind:
+            self.left_alone.forget_more()
         if seen.kind is FileKind.FILE:
+            unchanged = known is not None and known.same_identity(seen)
+            if self._limited[root] and self._is_beyond(root, b"", seen.size, seen.mtime_ns, seen.ctime_ns, unchanged):
+                return
             # A root that is a single file has no directory of ours to be looked up in.
             self._sync_single_file(batch, seen, known, bool(kind & _CONTENT), work)
         else:
             self._sync_other(batch, seen, known, work)
         if Kind.RESCAN in kind and seen.kind is FileKind.DIRECTORY:
             batch.walk(root, b"", work)
+
+    # --- limits
+
+    def _leave_alone(
+        self,
+        batch: Batch,
+        root: int,
+        path: bytes,
+        status: os.stat_result,
+        known: Known | None,
+        force: bool,
+        work: Work,
+    ) -> bool:
+        """Whether what is at ``path`` is left alone, here and on the replica; does what is to be done all the same."""
+        if self._boundaries.mount_of(root, parent_of(path) or b"") is not None:
+            # Forgotten, as what is excluded: if the other filesystem goes, nothing that was on it is to be removed.
+            self._index.remove(root, path)
+            return True
+        if stat.S_ISDIR(status.st_mode):
+            mounted = self._boundaries.mount_of(root, path) is not None
+            self.left_alone.note(root, path, limits.MOUNTED if mounted else None)
+            return False
+        if stat.S_ISREG(status.st_mode):
+            unchanged = known is not None and not force and known.is_unchanged(status)
+            if self._is_beyond(root, path, status.st_size, status.st_mtime_ns, status.st_ctime_ns, unchanged):
+                self._follow(batch, root, path, known, work)
+                return True
+            if known is not None and limits.keeps_listed(self._roots[root], known.size, made_here=known.ino != 0):
+                self.left_alone.note(root, path, limits.OVER)
+                return True
+        if known is not None and known.kind is FileKind.DIRECTORY and self.keeps(known):
+            self.left_alone.note(root, path, limits.HOLDS)
+            self._vanish_below(batch, known, work)
+            return True
+        self.left_alone.note(root, path, None)
+        return False
+
+    def _is_beyond(self, root: int, path: bytes, size: int, mtime_ns: int, ctime_ns: int, unchanged: bool) -> bool:
+        """Whether a regular file is left alone; if it is too young, it is looked at again when it is old enough.
+
+        ``unchanged``: the replica has it as it is.
+        """
+        limit, now_ns = self._roots[root], self._clock()
+        found = limits.excess(limit, size, mtime_ns, now_ns)
+        if found is not None and found.limit == "min_age":
+            now, why = time.monotonic(), None
+            seconds = limits.seconds_to_wait(limit, mtime_ns, now_ns)
+            waits = not unchanged and self.young.must_wait(root, path, (size, mtime_ns, ctime_ns), seconds, now)
+            if waits and self.young.waits_long(root, path, now):
+                why = limits.RESTLESS
+            self.left_alone.note(root, path, why)
+            return waits
+        self.young.forget(root, path)
+        # That a file becomes old while the replica has it as it is, is no news.
+        told = found is not None and not (unchanged and found.limit == "max_age")
+        self.left_alone.note(root, path, limits.not_protected(found.text) if found is not None and told else None)
+        return found is not None
+
+    def _follow(self, batch: Batch, root: int, path: bytes, known: Known | None, work: Work) -> None:
+        """What the replica has of a file that is left alone goes where its name went."""
+        if known is not None:
+            if known.kind is FileKind.DIRECTORY:
+                self._vanish_below(batch, known, work)
+            return
+        seen = self._observe(root, path)
+        if seen is None or seen.kind is not FileKind.FILE:
+            batch.vanish(root, path, work)
+        elif self._index.by_inode(root, seen.dev, seen.ino) and self._parents(batch, root, path, work):
+            self._moved(batch, seen, work, readable=False)
+
+    def keeps(self, known: Known) -> bool:
+        """Whether the replica keeps what it has, or some of what is below, when that is gone here."""
+        if not self._limited[known.root]:
+            return False
+        root, now_ns = self._roots[known.root], self._clock()
+        if known.kind is FileKind.FILE:
+            return _copy_excess(root, known, now_ns) is not None
+        if known.kind is not FileKind.DIRECTORY:
+            return False
+        if root.one_filesystem and known.rdev:
+            return True
+        below = self._index.exceeding_below(
+            known.root, known.path, root.max_size or None, limits.oldest_ns(root, now_ns), root.one_filesystem
+        )
+        return any(each.kind is FileKind.DIRECTORY or _copy_excess(root, each, now_ns) is not None for each in below)
+
+    def kept(self, known: Known) -> bool | None:
+        """As ``keeps``; None for what is not even overwritten."""
+        is_file = known.kind is FileKind.FILE
+        if is_file and limits.keeps_listed(self._roots[known.root], known.size, made_here=known.ino != 0):
+            return None
+        return self.keeps(known)
+
+    def _keep(self, batch: Batch, known: Known, work: Work) -> bool:
+        """Whether something that is gone here is left alone on the replica; of a directory, what can go goes."""
+        root = self._roots[known.root]
+        if self._boundaries.mount_of(known.root, parent_of(known.path) or b"") is not None:
+            self._index.remove(known.root, known.path)
+            return True
+        if not self.keeps(known):
+            return False
+        if known.kind is FileKind.DIRECTORY:
+            self.left_alone.note(known.root, known.path, limits.KEPT_MOUNT if known.rdev else None)
+            self._vanish_below(batch, known, work)
+        elif (found := _copy_excess(root, known, self._clock())) is not None:
+            self.left_alone.note(known.root, known.path, f"gone here; the replica's copy {found.text}, and is kept")
+        return True
+
+    def _vanish_below(self, batch: Batch, known: Known, work: Work) -> None:
+        for child in self._index.children(known.root, known.path):
+            batch.vanish(known.root, child, work)
+
+    # --- roots
 
     def _can_name(self, root: int, path: bytes) -> bool:
         """False for what is too long for the replica: it is a problem, not to be sent."""
@@ -556,6 +700,8 @@ class Planner:
         return not (was_deleted and (item.root, item.path) == (known.root, known.path))
 
     def _remove(self, batch: Batch, known: Known, work: Work) -> None:
+        if self._limited[known.root] and self._keep(batch, known, work):
+            return
         self._look_at_other_names(batch, known, work)
         self._emit(Remove(known.root, known.path))
         self._index.remove(known.root, known.path)
@@ -656,7 +802,7 @@ class Planner:
                 return False
             self._present(seen)
         self._plan.frames.append(wire.frame(SetMeta(root, path, self._meta(seen))))
-        self._index.put(self._entry(seen, None, None))
+        self._index.put(self._directory_entry(seen, self._index.get(root, path)))
         return True
 
     def _sync(
@@ -809,6 +955,8 @@ class Planner:
                 continue
             if self._is_inode(root, old.path, seen.dev, seen.ino):
                 continue
+            if seen.kind is FileKind.DIRECTORY and self._holds(root, path):
+                continue
             if (root, old.path) not in self._jobs:
                 # Who is being read is looked at afterwards; two files that got each other's inodes would wait in turns.
                 batch.vanish(root, old.path, work)
@@ -823,6 +971,11 @@ class Planner:
             return self._index.get(root, path)
         return None
 
+    def _holds(self, root: int, path: bytes) -> bool:
+        """Whether the replica has a directory at ``path`` that must not be overwritten."""
+        known = self._index.get(root, path) if self._limited[root] else None
+        return known is not None and known.kind is FileKind.DIRECTORY and self.keeps(known)
+
     def _sync_directory(self, batch: Batch, seen: Observed, known: Known | None, work: Work) -> None:
         if known is None:
             self._emit(MakeDir(seen.root, seen.path, self._meta(seen)))
@@ -833,7 +986,7 @@ class Planner:
             if not known.same_meta(seen):
                 self._plan.operations += 1
                 self._touched.add((seen.root, seen.path))
-        self._index.put(self._entry(seen, None, known))
+        self._index.put(self._directory_entry(seen, known))
 
     def _sync_special(self, seen: Observed, known: Known | None) -> None:
         names = self._other_names(seen) if seen.nlink > 1 and seen.kind in _LINKED else []
@@ -913,6 +1066,11 @@ class Planner:
         """What the replica has after what was told: ``seen``, of which ``known`` was known before."""
         told = (seen.root, seen.path) in self._plan.changed or known is None
         return _known(seen, digest, self._plan.made_ns if told or known is None else known.told_ns)
+
+    def _directory_entry(self, seen: Observed, known: Known | None) -> Known:
+        """As ``_entry``; that the replica has something mounted there stays known."""
+        entry = self._entry(seen, None, known)
+        return entry if known is None or not known.rdev else replace(entry, rdev=known.rdev)
 
     def _link(self, seen: Observed, name: Known) -> Known:
         """Tell that what was seen is another name of a file that the replica has as ``name``."""
@@ -1042,6 +1200,10 @@ def _fitting(xattrs: tuple[tuple[bytes, bytes], ...]) -> tuple[tuple[bytes, byte
             break
         kept.append((name, value))
     return tuple(sorted(kept))
+
+
+def _copy_excess(root: Root, known: Known, now_ns: int) -> limits.Excess | None:
+    return limits.copy_excess(root, known.size, known.mtime_ns, getattr(known, "told_ns", 0), now_ns)
 
 
 def _reason(error: OSError) -> str:

@@ -117,6 +117,8 @@ _BARRIER_SECONDS = 60.0
 #: The watcher may be so late to tell of a change on a busy machine.
 _SEEN_SECONDS = 0.5
 _AGAIN_SECONDS = 1.0
+#: Files that are too young are looked after at least so often.
+_MATURE_SECONDS = 1.0
 
 
 class ReplicaCannot(FarshoreError):
@@ -550,6 +552,8 @@ class Sender:
             self._seek_missed(planner),
             self._mind(),
         ]
+        if any(root.min_age for _, root in self._roots):
+            parts.append(self._mature(planner))
         if self.verifier is not None:
             parts.append(self.verifier.session(self))
         await _until_one_ends(*parts)
@@ -1058,6 +1062,17 @@ class Sender:
             if silent > _PING_SECONDS and not waiting and asked < self._heard:
                 asked = time.monotonic()
                 await self.send([wire.frame(Ping())])
+
+    async def _mature(self, planner: Planner) -> None:
+        """Have what was too young looked at when it is old enough."""
+        while True:
+            now = time.monotonic()
+            hints = planner.young.due(now)
+            if hints:
+                self._dirty.mark(hints, now)
+                self._wake.set()
+            due = planner.young.next_due()
+            await asyncio.sleep(_MATURE_SECONDS if due is None else min(_MATURE_SECONDS, max(0.02, due - now)))
 
     async def _refused(self, index: Index, planner: Planner, nak: Nak) -> NoReturn:
         """Raises PeerRefused or ReplicaCannot: a new connection finds out how far the replica came."""

@@ -29,6 +29,7 @@ from farshore import durable
 from farshore.config import Consistency
 from farshore.errors import FarshoreError, HookFailed, StateError
 from farshore.fmm import scanner
+from farshore.fmm.limits import Boundaries
 from farshore.fmm.patterns import STAGING, Filter
 from farshore.fmm.types import FileKind, Root
 from farshore.fmm.view import Catalogue, Elsewhere, View
@@ -299,8 +300,9 @@ class Snapshots:
 
         def take(check: Check) -> View:
             catalogue = Catalogue(time.time_ns())
+            boundaries = Boundaries(self._roots)
             for number, (path, place, filter) in enumerate(zip(paths, places, filters, strict=True)):
-                _Copying(catalogue, number, path, place, filter, check).run()
+                _Copying(catalogue, number, path, place, filter, boundaries, check).run()
             return catalogue
 
         return _as_failure(take)
@@ -397,8 +399,10 @@ def _destroy(place: bytes, name: bytes) -> None:
 def _check_whole(root: Root, path: bytes, top: bytes) -> None:
     """Raises SnapshotFailed when something protected lies in a subvolume or a filesystem of its own.
 
-    In a snapshot its place is empty, which must not be taken for its removal.
+    In a snapshot its place is empty, which must not be taken for its removal; with ``one_filesystem`` it is not.
     """
+    if root.one_filesystem:
+        return
     filter = Filter(root)
     for other, what in [*((each, "subvolume") for each in _nested(top)), *((each, "mount") for each in _mounts())]:
         if other.startswith(path + b"/") and filter.allows(other[len(path) + 1 :], True):
@@ -462,13 +466,21 @@ class _Copying:
     """Fills a catalogue with one root, in the order of directories first."""
 
     def __init__(
-        self, catalogue: Catalogue, root: int, path: bytes, place: bytes, filter: Filter, check: Check
+        self,
+        catalogue: Catalogue,
+        root: int,
+        path: bytes,
+        place: bytes,
+        filter: Filter,
+        boundaries: Boundaries,
+        check: Check,
     ) -> None:
         self._catalogue = catalogue
         self._root = root
         self._path = path
         self._place = os.path.join(place, b"%d" % root)
         self._filter = filter
+        self._boundaries = boundaries
         self._check = check
         self._count = 0
         self._directories = scanner.Directories(path)
@@ -490,7 +502,7 @@ class _Copying:
                 for name, is_directory in names:
                     below = directory + b"/" + name if directory else name
                     self._check()
-                    if self._one(below) and is_directory:
+                    if self._one(below) and is_directory and self._boundaries.mount_of(self._root, below) is None:
                         pending.append(below)
         finally:
             self._directories.forget()

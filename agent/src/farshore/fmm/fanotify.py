@@ -662,7 +662,9 @@ class FanotifyWatcher:
 
     def _mounts_of(self, root: _Watched) -> list[bytes]:
         """What ``root`` lies on, and what is mounted below it."""
-        return [_top(root)] if root.is_file else [root.real, *mounts.points_below(root.real)]
+        if root.is_file or root.root.one_filesystem:
+            return [_top(root)]
+        return [root.real, *mounts.points_below(root.real)]
 
     def _mark(self, root: _Watched) -> None:
         """Mark every filesystem of ``root``; raises OSError when that of the root itself cannot be marked."""

@@ -179,7 +179,8 @@ class InotifyWatcher:
     What inotify cannot tell, so that a periodic scan must: writes through a mapping that is never
     unmapped; a change through another hard link that came and went before anybody could look at it (else, such a change
     is reported for the name that was used only);
-    a filesystem mounted over a directory below a root; changes that other machines make on a
+    a filesystem mounted over a directory below a root, or, for a root with ``one_filesystem``, what lay under one that
+    was mounted when it began to watch, and is not any more; changes that other machines make on a
     network filesystem.
 
     ``reads`` also reports (as ATTRIBUTES) files that were only read. ``cookies`` is a directory of our own, by default
@@ -557,6 +558,10 @@ class InotifyWatcher:
             return None
         explore = False
         try:
+            owner = self._locate(node)
+            if owner is not None and owner.root.one_filesystem and os.fstat(fd).st_dev != owner.identity[0]:
+                self._let_go(node, name)
+                return None
             wd = self._add_watch(fd)
             found = self._nodes.get(wd)
             if found is None:

@@ -32,11 +32,17 @@ class Root:
 
     ``path`` is absolute, a directory or a single file. ``include`` and ``exclude`` are gitignore
     patterns relative to it; a path is protected when no exclude matches it or an include does.
+    ``max_size`` in bytes, ``min_age`` and ``max_age`` in seconds are limits on regular files, 0 is none;
+    with ``one_filesystem``, what is mounted below is left alone. ``fmm.limits`` says what they mean.
     """
 
     path: bytes
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    max_size: int = 0
+    min_age: int = 0
+    max_age: int = 0
+    one_filesystem: bool = False
 
 
 @dataclass(frozen=True, slots=True)

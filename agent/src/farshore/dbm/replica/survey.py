@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 from farshore.dbm.messages import (
@@ -38,7 +39,7 @@ from farshore.dbm.verify.reading import Budget, ContentReader, Store, be_idle, f
 from farshore.dbm.verify.survey import Disk, Surveyor
 from farshore.errors import ProtocolError, UnsafePath
 from farshore.fmm import scanner
-from farshore.fmm.types import FileKind, Observed, Root
+from farshore.fmm.types import FileKind, Observed
 from farshore.log import Log
 
 _log = Log(__name__)
@@ -63,9 +64,7 @@ class Surveys:
     ) -> None:
         self._reply = reply
         self._fail = fail
-        self._roots = [
-            Root(tree.root, root.include, root.exclude) for tree, root in zip(applier.trees, applier.roots, strict=True)
-        ]
+        self._roots = [replace(root, path=tree.root) for tree, root in zip(applier.trees, applier.roots, strict=True)]
         self._owners = applier.owners
         self._place = applier.place
         # In the thread: whom the source was told of.

@@ -41,6 +41,7 @@ from farshore.dbm.unkept import Unkept
 from farshore.errors import FarshoreError
 from farshore.fmm import scanner
 from farshore.fmm.attributes import is_replicated
+from farshore.fmm.limits import too_large
 from farshore.fmm.patterns import Filter
 from farshore.fmm.types import FileKind, Root
 
@@ -87,6 +88,7 @@ class Tree:
         self.root = root.rstrip(b"/")
         if os.path.islink(self.root) and os.path.isdir(self.root):
             self.root = os.path.realpath(self.root)
+        self._patterns = patterns
         self._filter = Filter(patterns)
         self._handles = Handles(self.root)
         #: Metadata that could not be kept.
@@ -130,13 +132,24 @@ class Tree:
             handles.forget()
 
     def entries(self, root: int, digests: bool) -> Iterator[Entry]:
-        """All that is in the tree, parents before children; with ``digests``, every file is read."""
-        for seen in scanner.walk(self.root, root, b"", _Named(self._filter), self._unreadable):
+        """All that is in the tree, parents before children; with ``digests``, every file is read.
+
+        But none that is larger than allowed, as nobody compares it. What is mounted below is left out where it is left
+        alone; the ``rdev`` of its mount point is 1 then.
+        """
+        named = _Named(self._filter)
+        device = 0
+        for seen in scanner.walk(self.root, root, b"", named, self._unreadable):
             self._check_interrupted()
             if seen.kind is FileKind.SOCKET:
                 continue
+            device = device if seen.path else seen.dev
+            if self._patterns.one_filesystem and seen.kind is FileKind.DIRECTORY and seen.dev != device:
+                # The filter is asked once more before a directory is entered.
+                named.closed.add(seen.path)
+                seen = msgspec.structs.replace(seen, rdev=1)
             digest = None
-            if digests and seen.kind is FileKind.FILE:
+            if digests and seen.kind is FileKind.FILE and not too_large(self._patterns, seen.size):
                 digest = self._digest(seen.path)
                 if digest is None:
                     continue
@@ -625,10 +638,12 @@ class _Named(Filter):
     def __init__(self, inner: Filter) -> None:
         self._inner = inner
         self.plain = False
+        #: Directories that are left out.
+        self.closed: set[bytes] = set()
 
     def allows(self, path: bytes, is_dir: bool) -> bool:
         """See ``Filter.allows``."""
-        return len(path) <= MAX_PATH and self._inner.allows(path, is_dir)
+        return len(path) <= MAX_PATH and path not in self.closed and self._inner.allows(path, is_dir)
 
 
 def _unexpected(path: bytes, error: OSError) -> Exception:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import time
+
 from farshore.dbm.index import IndexView, Known
+from farshore.dbm.messages import Entry
 from farshore.dbm.owners import Owners
 from farshore.dbm.planner import MAX_PATH
 from farshore.dbm.replica.paths import PREFIX
 from farshore.dbm.verify import digests, judge
 from farshore.dbm.verify.reading import ContentReader
 from farshore.dbm.verify.survey import Disk, join
-from farshore.fmm import scanner
+from farshore.fmm import limits, scanner
 from farshore.fmm.patterns import Filter
 from farshore.fmm.types import FileKind, Observed, Root
 
 #: Paths to look at closely that are remembered, at most; the rest is left for the next verification.
 MOST_SUSPECTS = 100_000
+#: What has just become old enough is sent a moment later.
+_SLACK_NS = 10 * 10**9
 
 
 class Origin:
@@ -31,6 +36,7 @@ class Origin:
         self._owners = owners
         self._roots = roots
         self._filters = [Filter(root) for root in roots]
+        self._boundaries = limits.Boundaries(roots)
         self._disk = Disk(roots, reader, contents)
         self._reader = reader
         self._contents = contents
@@ -67,9 +73,42 @@ class Origin:
         except OSError:
             return seen, None
 
+    def leaves_alone(self, root: int, path: bytes, kept: bool | None, there: Entry | None) -> bool:
+        """Whether the limits leave alone what is here at ``path``, or what is ``there`` on the replica.
+
+        ``kept``: the index's entry says that the replica keeps what it has when nothing is here; None if it says that
+        it is not even overwritten.
+        """
+        limit = self._roots[root]
+        if not limits.is_limited(limit):
+            return False
+        self._boundaries.forget()
+        if self._boundaries.mount_of(root, path.rpartition(b"/")[0]) is not None:
+            return True
+        try:
+            seen = scanner.observe(limit.path, root, path)
+        except OSError:
+            return False
+        if seen is None:
+            return kept is not False or (
+                there is not None
+                and there.kind == int(FileKind.FILE)
+                and limits.lasting_excess(limit, there.size, there.meta.mtime_ns, time.time_ns()) is not None
+            )
+        if kept and seen.kind is not FileKind.DIRECTORY and there is not None and there.kind == int(FileKind.DIRECTORY):
+            return True
+        return seen.kind is FileKind.FILE and (kept is None or self._is_beyond(seen))
+
+    def _is_beyond(self, seen: Observed) -> bool:
+        limit, now_ns = self._roots[seen.root], time.time_ns()
+        return limits.excess(limit, seen.size, seen.mtime_ns, now_ns, _SLACK_NS) is not None
+
     def suspect(self, root: int, path: bytes) -> None:
-        """Have a path looked at closely, unless it is too long for a replica, as the planner tells anyway."""
-        if len(path) > MAX_PATH:
+        """Have a path looked at closely, unless it is too long for a replica, as the planner tells anyway.
+
+        Nor what lies on a filesystem that is left alone.
+        """
+        if len(path) > MAX_PATH or self._boundaries.mount_of(root, path.rpartition(b"/")[0]) is not None:
             return
         if len(self.suspects) < MOST_SUSPECTS:
             self.suspects.add((root, path))
@@ -77,8 +116,16 @@ class Origin:
             self.too_many = True
 
     def _known(self, root: int, path: bytes) -> dict[bytes, Known]:
-        known = {}
+        known: dict[bytes, Known] = {}
+        self._boundaries.forget()
+        if self._boundaries.mount_of(root, path) is not None:
+            return known
+        now_ns = time.time_ns()
         for each in self._view.children(root, path):
+            if each.kind is FileKind.FILE and limits.lasting_excess(
+                self._roots[root], each.size, each.mtime_ns, now_ns
+            ):
+                continue
             name = each.path.rpartition(b"/")[2]
             if not name.startswith(PREFIX) and self._filters[root].allows(each.path, each.kind is FileKind.DIRECTORY):
                 known[name] = each
@@ -92,6 +139,8 @@ class Origin:
             name = seen.path.rpartition(b"/")[2]
             each = known.get(name)
             missing.discard(name)
+            if seen.kind is FileKind.FILE and self._is_beyond(seen):
+                continue
             if each is None or judge.source_differs(each, seen):
                 self.suspect(root, seen.path)
                 continue

@@ -9,6 +9,7 @@ look (see ``messages.Look``).
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -19,6 +20,7 @@ from farshore.dbm.verify import digests
 from farshore.dbm.verify.reading import ContentReader, Store
 from farshore.errors import UnsafePath
 from farshore.fmm import scanner
+from farshore.fmm.limits import Boundaries, lasting_excess
 from farshore.fmm.patterns import Filter
 from farshore.fmm.types import FileKind, Observed, Root
 from farshore.log import Log
@@ -107,7 +109,7 @@ class Surveyor:
 
 
 class Disk:
-    """Lists what lies on disk below ``roots``; with ``contents``, files are read for it.
+    """Lists what lies on disk below ``roots``; with ``contents``, files are read for it. Limits leave files alone.
 
     ``owners``: they go by name.
     """
@@ -116,13 +118,17 @@ class Disk:
         self._owners = owners
         self._roots = roots
         self._filters = [Filter(root) for root in roots]
+        self._boundaries = Boundaries(roots)
         self._reader = reader
         self._contents = contents
 
     def names(self, root: int, path: bytes, bucket: int) -> dict[bytes, tuple[bytes, bool]]:
         """See Listing."""
         found = {}
+        now_ns = time.time_ns()
         for seen in self.observe(root, path):
+            if seen.kind is FileKind.FILE and lasting_excess(self._roots[root], seen.size, seen.mtime_ns, now_ns):
+                continue
             name = seen.path.rpartition(b"/")[2]
             if bucket < 0 or digests.bucket_of(name) == bucket:
                 content = self.content(seen)
@@ -131,8 +137,11 @@ class Disk:
         return found
 
     def observe(self, root: int, path: bytes) -> list[Observed]:
-        """What lies in a directory, without what is never replicated."""
-        found = []
+        """What lies in a directory, without what is never replicated, or is on a filesystem that is left alone."""
+        found: list[Observed] = []
+        self._boundaries.forget()
+        if self._boundaries.mount_of(root, path) is not None:
+            return found
         for seen in scanner.observe_directory(self._roots[root].path, root, path, self._filters[root], _unreadable):
             self._reader.breathe()
             if seen.kind is not FileKind.SOCKET:

@@ -142,9 +142,18 @@ class _Reading:
         self.origin.comparing = False
         return found
 
-    def look(self, root: int, paths: list[bytes]) -> dict[bytes, tuple[Observed | None, bytes | None] | None]:
-        """What is here at each path, and the digest of its content; see ``Origin.look``."""
-        return {path: self.origin.look(root, path) for path in paths}
+    def look(
+        self, root: int, paths: list[bytes], kept: dict[bytes, bool | None], there: dict[bytes, Entry]
+    ) -> dict[bytes, tuple[Observed | None, bytes | None] | None]:
+        """What is here at each path, and the digest of its content; see ``Origin.look``.
+
+        What the limits leave alone is not among it: see ``Origin.leaves_alone``.
+        """
+        return {
+            path: self.origin.look(root, path)
+            for path in paths
+            if not self.origin.leaves_alone(root, path, kept.get(path, False), there.get(path))
+        }
 
     def close(self) -> None:
         """Keep what was read."""
@@ -462,15 +471,22 @@ class Verifier:
         await self._barrier()
         async with line.between():
             known = await line.with_index(lambda index, _: {path: index.get(root, path) for path in paths})
+            kept = await line.with_index(
+                lambda _, planner: {path: planner.kept(each) for path, each in known.items() if each is not None}
+            )
             held = line.held((root, path) for path in paths)
             question = await asking.send_look(root, paths)
         there = await asking.seen(question, root, paths)
         for entry in there.values():
             line.known(entry)  # raises for what is no sound entry
         resting = [path for path in paths if (root, path) not in held]
-        here = await self._in_thread(reading.look, root, resting)
+        here = await self._in_thread(reading.look, root, resting, kept, there)
         scene = _Scene(root, paths, known, there, {}, held)
         for path in resting:
+            if path not in here:
+                if (root, path) in self._found:
+                    self._found[root, path] = replace(self._found[root, path], repaired=True)
+                continue
             seen = here[path]
             verdict = Verdict(Finding.MOVING) if seen is None else judge(Facts(known[path], there.get(path), *seen))
             if verdict.finding is Finding.MOVING:
