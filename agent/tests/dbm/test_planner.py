@@ -886,3 +886,37 @@ def test_what_changed_long_before_a_power_cut_is_not_read_again(
     source.index.begin()
     source.index.commit()
     assert source.index.begin_boot("two") == 0
+
+
+def test_a_time_in_the_future_and_a_clock_that_steps_back_hold_nothing_up(tmp_path: Path) -> None:
+    source = Source(tmp_path)
+    now = [time.time_ns()]
+    root = Root(os.fsencode(source.tree), min_age=1)
+    source.planner = Planner(source.index, [root], 1, clock=lambda: now[0])
+    (source.tree / "f").write_bytes(b"x")
+    now[0] -= 10**18
+    sent = source.tell()
+    assert [type(each) for each in sent if isinstance(each, Put)] == []
+    limit = time.monotonic() + 30
+    while not (hints := source.planner.young.due(time.monotonic())):
+        assert time.monotonic() < limit
+        time.sleep(0.02)
+    assert hints == [Hint(0, b"f", Kind.MODIFIED)]
+    assert [each.path for each in source.tell(*hints) if isinstance(each, Put)] == [b"f"]
+    now[0] += 10**18 + 10**10
+    assert [each for each in source.tell() if isinstance(each, Put)] == []
+
+
+def test_a_file_that_is_left_alone_takes_what_the_replica_has_of_it_along(tmp_path: Path) -> None:
+    source = Source(tmp_path)
+    (source.tree / "a").write_bytes(b"x" * 100)
+    source.tell()
+    root = Root(os.fsencode(source.tree), max_size=50)
+    source.planner = Planner(source.index, [root], 1)
+    (source.tree / "d").mkdir()
+    (source.tree / "a").rename(source.tree / "d" / "b")
+    sent = source.tell()
+    assert [each for each in sent if isinstance(each, Move)] == [Move(0, b"a", b"d/b")]
+    assert [type(each) for each in sent if isinstance(each, (MakeDir, Remove, Put))] == [MakeDir]
+    assert source.tell() == []
+    assert source.planner.left_alone.why(0, b"d/b") is not None

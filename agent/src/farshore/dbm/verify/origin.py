@@ -85,6 +85,9 @@ class Origin:
         self._boundaries.forget()
         if self._boundaries.mount_of(root, path.rpartition(b"/")[0]) is not None:
             return True
+        if self._boundaries.mount_of(root, path) is not None:
+            # Nobody tells when what is in it, and with that its time, changes.
+            return there is not None and there.kind == int(FileKind.DIRECTORY)
         try:
             seen = scanner.observe(limit.path, root, path)
         except OSError:
