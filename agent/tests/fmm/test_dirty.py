@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from farshore.fmm import Dirty, DirtySet, Hint, Kind
-from farshore.fmm.dirty import MOST_INODES
+from farshore.fmm.dirty import MOST_INODES, Wait
 
 
 def hint(path: bytes, kind: Kind = Kind.MODIFIED, root: int = 0) -> Hint:
@@ -285,3 +285,22 @@ def test_taking_in_small_portions_delivers_everything_once(marked: list[bytes], 
         seen += [d.path for d in taken]
         dirty.settle(taken)
     assert sorted(seen) == sorted(marked)
+
+
+def test_what_a_path_waits_for_is_told() -> None:
+    dirty = DirtySet()
+    assert dirty.waits(0, b"d/f") is None
+    dirty.mark([Hint(0, b"d", Kind.RESCAN)], 1.0)
+    dirty.mark([Hint(0, b"d/f", Kind.MODIFIED), Hint(0, b"e", Kind.MODIFIED)], 2.0)
+    assert dirty.waits(0, b"d/f") == Wait(2.0, b"d/f", False), "its own mark says more"
+    assert dirty.waits(0, b"d/x") == Wait(1.0, b"d", False)
+    assert dirty.waits(0, b"dd") is dirty.waits(1, b"d/f") is dirty.waits(0, b"e/x") is None
+    taken = dirty.take(10)
+    assert dirty.waits(0, b"d/f") == Wait(2.0, b"d/f", True)
+    assert dirty.waits(0, b"d/x/y") == Wait(1.0, b"d", True)
+    assert (dirty.count_below(0, b""), dirty.count_below(0, b"d"), dirty.count_below(0, b"d/f")) == (3, 1, 0)
+    dirty.mark([Hint(0, b"d/f", Kind.MODIFIED), Hint(0, b"d/g", Kind.MODIFIED)], 3.0)
+    assert dirty.count_below(0, b"d") == 2
+    dirty.settle(taken)
+    assert dirty.waits(0, b"d/f") == Wait(3.0, b"d/f", False)
+    assert dirty.waits(0, b"d/x") is None

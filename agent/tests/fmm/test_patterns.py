@@ -122,3 +122,52 @@ def test_what_is_protected_has_protected_parents(names: list[bytes], is_dir: boo
     if chosen.allows(b"/".join(names), is_dir):
         for end in range(1, len(names)):
             assert chosen.allows(b"/".join(names[:end]), True)
+
+
+@pytest.mark.parametrize(
+    ("path", "is_dir", "decided"),
+    [
+        (b"a.txt", False, None),
+        (b"a.tmp", False, ("exclude", 1, "*.tmp", b"a.tmp")),
+        (b"d/keep.tmp", False, ("include", 1, "keep.tmp", b"d/keep.tmp")),
+        (b"x.log", False, ("exclude", 3, "*.log", b"x.log")),
+        (b"good.log", False, None),  # taken back by a later line
+        (b"deep/cache/x/y", False, ("exclude", 5, "cache/", b"deep/cache")),
+        (b"deep/cache", True, ("include", 1, "keep.tmp", b"deep/cache")),  # which could be below
+        (b"cache", False, None),
+        (b"", True, None),
+    ],
+)
+def test_the_pattern_that_decides_is_named(path: bytes, is_dir: bool, decided: tuple[object, ...] | None) -> None:
+    chosen = make(
+        include=("# exceptions", "keep.tmp", "/only/here"),
+        exclude=("", "*.tmp", "# logs", "*.log", "!good.log", "cache/"),
+    )
+    found = chosen.decision(path, is_dir)
+    assert (None if found is None else (found.option, found.index, found.pattern, found.at)) == decided
+
+
+def test_a_directory_that_is_entered_for_an_include_is_decided_by_that() -> None:
+    chosen = make(include=("cache/keep/*.db",), exclude=("cache/",))
+    found = chosen.decision(b"cache", True)
+    assert found is not None and (found.option, found.pattern) == ("include", "cache/keep/*.db")
+    found = chosen.decision(b"cache/keep/x", False)
+    assert found is not None and (found.option, found.pattern, found.at) == ("exclude", "cache/", b"cache")
+    found = chosen.decision(b"x/cache/y/z", False)
+    assert found is not None and (found.pattern, found.at) == ("cache/", b"x/cache")
+
+
+_PATTERNS = st.lists(st.sampled_from(["*.t", "a", "a/", "/a/b", "!a", "*", "!b.t", "a/*/c", "#x", ""]), max_size=4)
+
+
+@given(_PATTERNS, _PATTERNS, st.lists(st.sampled_from(["a", "b", "c", "b.t"]), min_size=1, max_size=4), st.booleans())
+def test_who_decides_agrees_with_what_is_decided(
+    include: list[str], exclude: list[str], parts: list[str], is_dir: bool
+) -> None:
+    chosen = make(tuple(include), tuple(exclude))
+    path = "/".join(parts).encode()
+    found = chosen.decision(path, is_dir)
+    if chosen.allows(path, is_dir):
+        assert found is None or found.option == "include"
+    else:
+        assert found is not None and found.option == "exclude" and exclude[found.index] == found.pattern

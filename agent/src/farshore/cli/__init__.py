@@ -13,14 +13,14 @@ from farshore.errors import FarshoreError
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the whole command, with a subparser for each subcommand."""
-    from farshore.cli import approve, delta, flush, history, mirror, pause, status, switch, verify
+    from farshore.cli import approve, delta, explain, flush, history, mirror, pause, status, switch, verify
 
     parser = argparse.ArgumentParser(
         prog="farshore",
         description="Disaster recovery over the ordinary Internet.",
         epilog="Exit codes: 0 done, 1 failed, 2 wrong usage, 3 wrong configuration, 10 unreachable, "
         "11 refused, 13 stale epoch, 20 not done in time, 27 given up, 28 nothing is held, "
-        "34 something differs still. 'farshore COMMAND --help' tells more.",
+        "34 something differs still, 37 not protected. 'farshore COMMAND --help' tells more.",
     )
     parser.add_argument("--version", action="version", version=f"farshore {__version__}")
     parser.add_argument(
@@ -30,7 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="how much to tell on stderr (default: %(default)s)",
     )
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for module in (status, flush, verify, pause, approve, history, mirror, delta, switch):
+    for module in (status, explain, flush, verify, pause, approve, history, mirror, delta, switch):
         module.add_parser(subparsers)
     return parser
 

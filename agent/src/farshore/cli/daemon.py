@@ -26,8 +26,6 @@ def directory(arguments: argparse.Namespace) -> Path:
     return chosen
 
 
-def ask_node(
-    arguments: argparse.Namespace, request: api.Request, timeout: float
-) -> api.NodeStatus | api.MonitorStatus | api.HistoryAnswer | api.Done:
+def ask_node(arguments: argparse.Namespace, request: api.Request, timeout: float) -> client.Answer:
     """Ask ``farshore-node`` (or a mirror); raises as ``client.ask_socket``."""
     return asyncio.run(client.ask_socket(directory(arguments) / client.NODE_SOCKET, request, timeout))

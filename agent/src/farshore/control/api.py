@@ -149,6 +149,15 @@ class Verify(_Message, frozen=True, tag="verify"):
     rate: float | None = None
 
 
+class Explain(_Message, frozen=True, tag="explain"):
+    """Is the absolute ``path`` of this server protected, and is its copy up to date? Local administrator only.
+
+    Links in the directories above it are resolved, the path itself is not followed.
+    """
+
+    path: bytes
+
+
 # --- requests to the monitor ---------------------------------------------------------------------
 
 
@@ -173,6 +182,7 @@ Request = (
     | Restore
     | RestoreOnPromotion
     | Verify
+    | Explain
     | Wish
 )
 
@@ -372,6 +382,43 @@ class HistoryAnswer(_Message, frozen=True, tag="history-is"):
     versions: list[Version]
 
 
+class Explanation(_Message, frozen=True, tag="explanation"):
+    """Answer to Explain. Sizes in bytes, times in seconds.
+
+    ``path`` is what was looked at, ``root`` the protected path of ``group`` that it belongs to, ``peer`` the other
+    node; all "" when it belongs to none, and ``near`` names the nearest protected paths. ``protected``: changes of it
+    are sent; ``why`` says why not, or what takes it back: then ``option`` ("exclude" or "include"), ``number`` (from 1)
+    and ``pattern`` are those of the pattern that decides.
+
+    ``state``: "same" (``peer`` has it as it is), "waiting", "sending", "missing" (``peer`` has nothing there),
+    "different" (and nobody has noticed yet), "young" (it is sent when it is as old as min_age), "kept" (it is gone
+    here, or left alone, and ``peer`` has an earlier state), "absent" (it is neither here nor there), "replica" (this
+    node has the copy), "unknown", or "" for what is not protected. ``reason`` says what holds it up. ``waiting`` is for
+    how long it waits, ``durable_at`` when the last change of its copy became durable (since the Unix epoch), as far
+    as that is known. ``durable``: what is here, and below it, is durable there, and nothing has changed since.
+
+    ``known_below`` and ``waiting_below`` count paths below a directory that the copy has, and that wait.
+    """
+
+    path: str
+    group: str = ""
+    root: str = ""
+    peer: str = ""
+    near: list[str] = []
+    protected: bool = False
+    why: str = ""
+    option: str = ""
+    number: int = 0
+    pattern: str = ""
+    state: str = ""
+    reason: str = ""
+    waiting: float | None = None
+    durable: bool = False
+    durable_at: float | None = None
+    known_below: int | None = None
+    waiting_below: int | None = None
+
+
 class Failed(_Message, frozen=True, tag="failed"):
     """The request was not carried out; ``code`` is the exit code of the error behind it."""
 
@@ -379,4 +426,4 @@ class Failed(_Message, frozen=True, tag="failed"):
     code: int = 1
 
 
-Answer = NodeStatus | MonitorStatus | HistoryAnswer | Done | Failed
+Answer = NodeStatus | MonitorStatus | HistoryAnswer | Explanation | Done | Failed

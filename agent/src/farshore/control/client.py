@@ -15,7 +15,7 @@ from farshore.errors import FarshoreError, NotInTime, PeerUnreachable
 
 _CODEC: wire.Codec[api.Answer] = wire.Codec(api.Answer)
 
-Answer = api.NodeStatus | api.MonitorStatus | api.HistoryAnswer | api.Done
+Answer = api.NodeStatus | api.MonitorStatus | api.HistoryAnswer | api.Explanation | api.Done
 
 #: Name of a daemon's socket in its runtime or state directory.
 NODE_SOCKET = "node.sock"

@@ -19,9 +19,11 @@ from farshore.daemons import rights
 from farshore.daemons.admission import MOST_OF_OTHER, MOST_OF_PEER
 from farshore.daemons.listener import FIRST_FRAME_SECONDS, Caller, Listener
 from farshore.dbm import layout, receiver, wire
+from farshore.dbm.explain import locate
 from farshore.dbm.group import Group
 from farshore.dbm.messages import Hello, Refused
 from farshore.dbm.replica.restore import When
+from farshore.dbm.unkept import shown
 from farshore.errors import FarshoreError, PeerRefused, UsageError
 from farshore.log import Log
 
@@ -147,6 +149,8 @@ class Node:
                 return api.Done("; ".join([await group.pause() for group in self._owned(name)]))
             case api.Resume(group=name):
                 return api.Done("; ".join([await group.resume() for group in self._owned(name)]))
+            case api.Explain(path=path):
+                return await self.explain(path)
             case api.History(group=name, path=path, limit=limit):
                 return await self._group(name).history(path, limit)
             case api.Restore(group=name, path=path, seq=seq, time_ns=time_ns, to=to):
@@ -170,6 +174,20 @@ class Node:
             if only_for is None or group.config.peer.node == only_for
         }
         return api.NodeStatus(self.config.node, __version__, time.monotonic() - self._started, groups)
+
+    async def explain(self, path: bytes) -> api.Explanation:
+        """What ``api.Explain`` asks for; raises UsageError for a path that is not absolute."""
+        if not path.startswith(b"/") or b"\0" in path:
+            raise UsageError(f"{shown(path)}: an absolute path is needed")
+        roots = [(name, number, root.path) for name, group in self.groups.items() for number, root in group.roots()]
+        place = await asyncio.to_thread(locate, path, roots)
+        if place.group:
+            return await self.groups[place.group].explain(place)
+        return api.Explanation(
+            shown(place.path),
+            near=[shown(each) for each in place.near],
+            why="it does not lie below any protected path of this server",
+        )
 
     def _group(self, name: str) -> Group:
         group = self.groups.get(name)

@@ -25,6 +25,7 @@ NODE: dict[type[api.Request], frozenset[Party]] = {
     api.Verify: frozenset({"local", "gateway"}),
     api.Pause: frozenset({"local"}),
     api.Resume: frozenset({"local"}),
+    api.Explain: frozenset({"local"}),
     api.History: frozenset({"local"}),
     api.Restore: frozenset({"local"}),
     api.RestoreOnPromotion: frozenset({"local"}),

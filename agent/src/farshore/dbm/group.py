@@ -18,8 +18,9 @@ from typing import TypeVar
 
 from farshore.config import NodeGroup, Side
 from farshore.control import units
-from farshore.control.api import GroupStatus, HistoryAnswer
-from farshore.dbm import receiver, wire
+from farshore.control.api import Explanation, GroupStatus, HistoryAnswer
+from farshore.dbm import explain, receiver, wire
+from farshore.dbm.explain import Place
 from farshore.dbm.index import Index
 from farshore.dbm.messages import Hello, Refused, Welcome
 from farshore.dbm.owners import Owners
@@ -34,11 +35,12 @@ from farshore.dbm.sender import Sender
 from farshore.dbm.snapshots import Snapshots
 from farshore.dbm.unkept import Unkept, texts
 from farshore.dbm.verify.verifier import Verifier
-from farshore.errors import FarshoreError, NotInTime, StaleEpoch
+from farshore.errors import FarshoreError, NotInTime, PeerUnreachable, StaleEpoch
 from farshore.fmm.dirty import DirtySet
 from farshore.fmm.factory import make_watcher
 from farshore.fmm.feed import Feed
 from farshore.fmm.mapped import Mapped
+from farshore.fmm.types import Root
 from farshore.log import Log
 from farshore.tls import Credentials
 
@@ -46,6 +48,8 @@ _log = Log(__name__)
 _FEED_SECONDS = 60.0
 _RETRY_SECONDS = 0.2
 _TEND_SECONDS = 2.0
+#: For so long the watcher may be asked before a path is explained.
+_EXPLAIN_SECONDS = 5.0
 _T = TypeVar("_T")
 
 
@@ -488,6 +492,40 @@ class Group:
         if self._sender is None or self._sender.verifier is None:
             raise NotOwner(self.name, self._record.owner, self.config.side)
         return self._sender.verifier.request(contents, repair, from_source, rate)
+
+    def roots(self) -> list[tuple[int, Root]]:
+        """The protected paths, by their numbers."""
+        return list(enumerate(root for _, root in self._roots))
+
+    async def explain(self, place: Place) -> Explanation:
+        """Whether and why a path of this group is protected, and how its copy is."""
+        root = self._roots[place.root][1]
+        sender, feed = self._sender, self._feed
+        state, reason = self._state_and_reason()
+        if sender is None or feed is None:
+            facts = await asyncio.to_thread(explain.look, root, place)
+            return explain.on_replica(facts, self.name, self.config.peer.node, reason)
+        with contextlib.suppress(TimeoutError):
+            # What happened until now is marked then, unless nobody watches.
+            async with asyncio.timeout(_EXPLAIN_SECONDS if feed.watching and not self._paused else 0):
+                await self._barrier(feed)
+        facts = await asyncio.to_thread(explain.look, root, place)
+        number, path = place.root, place.below
+        wait = self._dirty.waits(number, path)
+        below = self._dirty.count_below(number, path)
+        copy = None
+        if sender.compared and (sender.connected or not sender.comparing):
+            with contextlib.suppress(PeerUnreachable):
+                copy = await sender.with_index(lambda index, planner: explain.ask(index, planner, number, path))
+        line = explain.Line(
+            connected=sender.connected and sender.compared and feed.watching and not self._paused,
+            reason="" if state in ("replicating", "frozen") else reason,
+            acknowledged=sender.all_acknowledged,
+            stalled=sender.stalled,
+            absent=sender.why_absent(number),
+            now=time.monotonic(),
+        )
+        return explain.judge(facts, copy, wait, below, line, self.name, self.config.peer.node)
 
     async def _events_are_marked(self) -> None:
         """Return when all that changed before the call is marked dirty."""

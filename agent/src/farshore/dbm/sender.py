@@ -347,6 +347,12 @@ class Sender:
             return ""
         return self._planner.why_absent(min(self._planner.absent_roots))
 
+    def why_absent(self, root: int) -> str:
+        """Why a protected path is not there; "" when it is."""
+        if self._planner is None or root not in self._planner.absent_roots:
+            return ""
+        return self._planner.why_absent(root)
+
     def problems(self) -> list[str]:
         """What could not be read here or kept there."""
         mine = self._planner.summaries() if self._planner else []
@@ -1113,6 +1119,11 @@ class Sender:
     def comparable(self) -> bool:
         """True when the index tells what the replica has, and everything that is protected is there."""
         return self.connected and self.compared and not self.comparing and not self.stalled and not self._absent()
+
+    @property
+    def all_acknowledged(self) -> bool:
+        """True when nothing is on its way."""
+        return not self._flights and self._cycle is None and not self._open
 
     async def with_index(self, call: Callable[[Index, Planner], _T]) -> _T:
         """Have ``call`` done in the worker, with the index as it will be when all that was sent has come through."""

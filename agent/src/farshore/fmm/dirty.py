@@ -32,6 +32,15 @@ class Dirty:
     inodes: frozenset[Inode] = frozenset()
 
 
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """What a path waits for: its own mark, or the rescan of ``at``, a directory above; ``taken``: it is in flight."""
+
+    since: float
+    at: bytes
+    taken: bool
+
+
 class _Entry:
     __slots__ = ("bits", "inodes", "mark_no", "since")
 
@@ -163,6 +172,35 @@ class DirtySet:
                 heapq.heappop(queue)
             return bool(queue) and queue[0][0] < mark
 
+    def waits(self, root: int, path: bytes) -> Wait | None:
+        """Since when, and why, ``path`` may have changed; None when it was not marked, or is settled."""
+        with self._changed:
+            exact = [Wait(self._dirty[root, path].since, path, False)] if (root, path) in self._dirty else []
+            above: list[Wait] = []
+            for item in self._flight.values():
+                if item.root == root and item.path == path:
+                    exact.append(Wait(item.since, path, True))
+                elif item.root == root and Kind.RESCAN in item.kind and _is_below(path, item.path):
+                    above.append(Wait(item.since, item.path, True))
+            here = path
+            while here:
+                here = here.rpartition(b"/")[0]
+                entry = self._dirty.get((root, here))
+                if entry is not None and entry.bits & Kind.RESCAN.value:
+                    above.append(Wait(entry.since, here, False))
+        return min(exact or above, key=lambda wait: wait.since, default=None)
+
+    def count_below(self, root: int, path: bytes) -> int:
+        """How many paths below a directory wait or are in flight."""
+        with self._changed:
+            found = {key for key in self._dirty if key[0] == root and _is_below(key[1], path)}
+            found |= {
+                (item.root, item.path)
+                for item in self._flight.values()
+                if item.root == root and _is_below(item.path, path)
+            }
+        return len(found)
+
     def waiting(self) -> int:
         """How many paths wait."""
         with self._changed:
@@ -236,6 +274,10 @@ class DirtySet:
         item = Dirty(key[0], key[1], Kind(entry.bits), entry.since, entry.mark_no, entry.inodes)
         self._flight[item.mark_no] = item
         return item
+
+
+def _is_below(path: bytes, directory: bytes) -> bool:
+    return path != directory and (not directory or path.startswith(directory + b"/"))
 
 
 def _lies_in(key: _Key, directories: set[_Key]) -> bool:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import takewhile
+from typing import Literal
 
 from pathspec import GitIgnoreSpec
 
@@ -16,6 +18,19 @@ STAGING = b".farshore-"
 
 _GLOB = frozenset("*?[\\")
 _CACHE_LIMIT = 65536
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """The pattern that decides about a path: number ``index``, from 0, of the root's ``option``.
+
+    ``at`` is where it matched: the path itself, or a directory above.
+    """
+
+    option: Literal["exclude", "include"]
+    index: int
+    pattern: str
+    at: bytes
 
 
 class Filter:
@@ -37,9 +52,16 @@ class Filter:
     """
 
     def __init__(self, root: Root) -> None:
-        self._excluded = _matcher(root, root.exclude)
-        self._included = _matcher(root, root.include)
-        self._reaches = [_literal_beginning(p) for p in root.include if not p.startswith(("!", "#")) and p.strip()]
+        self._root = root
+        self._exclude = _spec(root, root.exclude)
+        self._include = _spec(root, root.include)
+        self._excluded = self._exclude.match_file
+        self._included = self._include.match_file
+        self._reaches = [
+            (number, _literal_beginning(pattern))
+            for number, pattern in enumerate(root.include)
+            if not pattern.startswith(("!", "#")) and pattern.strip()
+        ]
         self._directories: dict[bytes, bool] = {}
         #: No pattern can exclude anything; only our own staging names are left out.
         self.plain = not root.exclude
@@ -54,6 +76,42 @@ class Filter:
             return self._enters(path)
         parent, _, _ = path.rpartition(b"/")
         return self._enters(parent) and self._protected(_text(path))
+
+    def decision(self, path: bytes, is_dir: bool) -> Decision | None:
+        """The exclude that leaves ``path`` out, or the include that takes it back; None when no pattern says anything.
+
+        Of our own staging names nothing is said.
+        """
+        if self.plain or not path:
+            return None
+        end = path.find(b"/")
+        while end >= 0:
+            if not self._enters_here(_text(path[:end])):
+                return self._excluding(path[:end], True)
+            end = path.find(b"/", end + 1)
+        text = _text(path) + ("/" if is_dir else "")
+        if not self._excluded(text):
+            return None
+        if self._included(text):
+            index = self._include.check_file(text).index
+            return None if index is None else self._decision("include", index, path)
+        reaching = self._reaching(_text(path)) if is_dir else None
+        return self._excluding(path, is_dir) if reaching is None else self._decision("include", reaching, path)
+
+    def _excluding(self, path: bytes, is_dir: bool) -> Decision | None:
+        """The exclude that matches ``path``, or the topmost directory above that it matches."""
+        index = self._exclude.check_file(_text(path) + ("/" if is_dir else "")).index
+        if index is None:
+            return None
+        end = path.find(b"/")
+        while end >= 0:
+            if self._exclude.check_file(_text(path[:end]) + "/").index == index:
+                return self._decision("exclude", index, path[:end])
+            end = path.find(b"/", end + 1)
+        return self._decision("exclude", index, path)
+
+    def _decision(self, option: Literal["exclude", "include"], index: int, at: bytes) -> Decision:
+        return Decision(option, index, getattr(self._root, option)[index], at)
 
     def _enters(self, path: bytes) -> bool:
         verdicts = self._directories
@@ -81,8 +139,15 @@ class Filter:
     def _enters_here(self, directory: str) -> bool:
         if self._protected(directory + "/"):
             return True
+        return self._reaching(directory) is not None
+
+    def _reaching(self, directory: str) -> int | None:
+        """The number of an include that could match below a directory."""
         parts = directory.split("/")
-        return any(all(a == b for a, b in zip(parts, reach, strict=False)) for reach in self._reaches)
+        for number, reach in self._reaches:
+            if all(a == b for a, b in zip(parts, reach, strict=False)):
+                return number
+        return None
 
     def _protected(self, path: str) -> bool:
         return not self._excluded(path) or self._included(path)
@@ -93,13 +158,14 @@ def _text(path: bytes) -> str:
     return path.decode("utf-8", "surrogateescape").replace("\n", "\0")
 
 
-def _matcher(root: Root, patterns: Sequence[str]) -> Callable[[str], bool]:
+def _spec(root: Root, patterns: Sequence[str]) -> GitIgnoreSpec:
     try:
-        # The other backends cannot take undecodable bytes.
-        spec = GitIgnoreSpec.from_lines([p.replace("\n", "\0") for p in patterns], backend="simple")
+        # An empty line would be left out, and those behind it be counted wrongly. The other backends cannot take
+        # undecodable bytes.
+        lines = [p.replace("\n", "\0") or "#" for p in patterns]
+        return GitIgnoreSpec.from_lines(lines, backend="simple")
     except (ValueError, re.error) as error:
         raise WatchError(root.path, f"patterns {', '.join(patterns)}: {error}") from error
-    return spec.match_file
 
 
 def _literal_beginning(pattern: str) -> list[str]:
