@@ -91,6 +91,21 @@ def test_what_is_excluded_is_not_listed_unless_it_is_included(tmp_path: Path) ->
     assert not [path for _, path in manifest(root) if "farshore" in path]
 
 
+@pytest.mark.parametrize(
+    ("limit", "age", "size"), [("--max-size=1kB", 10**6, 1001), ("--min-age=1h", 60, 1), ("--max-age=90d", 10**7, 1)]
+)
+def test_what_the_limits_leave_alone_is_no_difference(tmp_path: Path, limit: str, age: int, size: int) -> None:
+    local, backup = tree(tmp_path / "x"), tree(tmp_path / "y")
+    (local / "a" / "one.txt").write_bytes(b"x" * size)
+    then = time.time() - age
+    os.utime(local / "a" / "one.txt", (then, then))
+    (local / "a" / "new").write_bytes(b"y" * size)
+    os.utime(local / "a" / "new", (then, then))
+    os.utime(local / "a", ns=(10**18, 10**18))
+    assert compare.compare(manifest(local), manifest(backup)).differing == 3
+    assert compare.compare(manifest(local, limit), manifest(backup, limit)).differences == []
+
+
 def test_files_change_until_they_are_told_to_stop(tmp_path: Path) -> None:
     source = tree(tmp_path / "source")
     target, count = tmp_path / "churn", tmp_path / "count.json"

@@ -4,6 +4,7 @@
 Depends on nothing of the agent's, so that it can bear witness to it. Access times, change times, inode numbers
 and the sizes of directories are left out: they are each machine's own. Hard links show as the first name of their
 set; names outside of the tree don't count. Names are given with surrogateescape, so that they can hold any bytes.
+Of what the path's limits leave alone it is only said that they do.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import os
 import stat
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -29,6 +31,12 @@ TYPES = {
     stat.S_IFBLK: "device",
 }
 Matcher = Callable[[str], bool]
+UNITS = {
+    "": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400,
+    "B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+}  # fmt: skip
+#: What has just become old enough may be on its way.
+SLACK = 60.0
 
 
 def matcher(patterns: list[str]) -> Matcher:
@@ -43,8 +51,38 @@ def matcher(patterns: list[str]) -> Matcher:
     return lambda path: bool(spec.match_file(path))
 
 
-def entries(root: str, excluded: Matcher, included: Matcher) -> Iterator[dict[str, Any]]:
+def number(text: str) -> int:
+    """The bytes or seconds of a text such as 10GB or 30s."""
+    digits = text.rstrip("BkMGTsmhd ")
+    return int(digits) * UNITS[text[len(digits) :].strip()]
+
+
+class Limits:
+    """What of a protected path is left alone: files by size and age, and other filesystems."""
+
+    def __init__(self, max_size: int = 0, min_age: int = 0, max_age: int = 0, one_filesystem: bool = False) -> None:
+        self._size, self._least, self._most = max_size, min_age, max_age
+        self._one_filesystem = one_filesystem
+        self._now = time.time()
+
+    def leave(self, status: os.stat_result, device: int) -> bool:
+        """Whether something is left alone, in a tree that lies on ``device``."""
+        if stat.S_ISDIR(status.st_mode):
+            return self._one_filesystem and status.st_dev != device
+        if not stat.S_ISREG(status.st_mode):
+            return False
+        age = max(0.0, self._now - status.st_mtime)
+        return (
+            0 < self._size < status.st_size
+            or (self._least > 0 and age < self._least + SLACK)
+            or (self._most > 0 and age > self._most)
+        )
+
+
+def entries(root: str, excluded: Matcher, included: Matcher, limits: Limits | None = None) -> Iterator[dict[str, Any]]:
     """The entries of ``root`` in order of their paths; the root itself is ``.``."""
+    limits = limits or Limits()
+    device = os.stat(root).st_dev if os.path.exists(root) else 0
     found: list[tuple[dict[str, Any], tuple[int, int]]] = []
     names: dict[tuple[int, int], list[str]] = {}
     pending = [""]
@@ -54,6 +92,9 @@ def entries(root: str, excluded: Matcher, included: Matcher) -> Iterator[dict[st
         try:
             status = os.lstat(full)
         except FileNotFoundError:
+            continue
+        if limits.leave(status, device):
+            found.append(({"path": path or ".", "left_alone": True}, (0, 0)))
             continue
         entry, identity = describe(full, path or ".", status), (status.st_dev, status.st_ino)
         found.append((entry, identity))
@@ -108,8 +149,13 @@ def main() -> None:
     parser.add_argument("--as", dest="name", default="", help="name of the tree in the list; default: its path")
     parser.add_argument("--exclude", action="append", default=[], help="pattern of paths to leave out")
     parser.add_argument("--include", action="append", default=[], help="pattern of paths to list all the same")
+    parser.add_argument("--max-size", type=number, default=0, help="files that are larger are left alone")
+    parser.add_argument("--min-age", type=number, default=0, help="files that are younger are left alone")
+    parser.add_argument("--max-age", type=number, default=0, help="files that are older are left alone")
+    parser.add_argument("--one-filesystem", action="store_true", help="what is mounted below is left alone")
     options = parser.parse_args()
-    for entry in entries(options.root, matcher(options.exclude), matcher(options.include)):
+    limits = Limits(options.max_size, options.min_age, options.max_age, options.one_filesystem)
+    for entry in entries(options.root, matcher(options.exclude), matcher(options.include), limits):
         entry["root"] = options.name or options.root
         sys.stdout.write(json.dumps(entry, sort_keys=True) + "\n")
 

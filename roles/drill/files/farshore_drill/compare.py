@@ -34,7 +34,9 @@ def load(lines: Iterable[str]) -> dict[Key, dict[str, Any]]:
 
 
 def compare(local: dict[Key, dict[str, Any]], backup: dict[Key, dict[str, Any]]) -> Comparison:
-    """Compare all paths of both sides in everything that a manifest says."""
+    """Compare all paths of both sides in everything that a manifest says, but for what either of them leaves alone."""
+    left_alone = {key for side in (local, backup) for key, entry in side.items() if entry.get("left_alone")}
+    local, backup = ({key: side[key] for key in side.keys() - left_alone} for side in (local, backup))
     differences = []
     for key in sorted(local.keys() | backup.keys()):
         text = _difference(local.get(key), backup.get(key))
