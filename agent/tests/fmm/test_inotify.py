@@ -569,6 +569,29 @@ def test_root_that_is_unmounted(watch: Watch, top: bytes) -> None:
 
 
 @needs_root
+def test_another_filesystem_is_not_watched_where_one_is_enough(watch: Watch, top: bytes) -> None:
+    place = top + b"/a/mnt"
+    os.makedirs(place)
+    if subprocess.run(["mount", "-t", "tmpfs", "none", place], capture_output=True).returncode:
+        pytest.skip("cannot mount here")
+    try:
+        os.makedirs(place + b"/x/y")
+        watcher = watch(Root(top, one_filesystem=True))
+        assert map_of(watcher) == {b"", b"a"}
+        touch(place + b"/f")
+        touch(place + b"/x/f")
+        assert watcher.drain() == []
+        os.makedirs(top + b"/b/c")
+        until(watcher, lambda hints: covered(b"b/c", joined(hints)))
+        watcher.drain()
+        assert map_of(watcher) == {b"", b"a", b"b", b"b/c"}
+        assert watcher.problems() == ()
+        assert map_of(watch(Root(top))) == directories(top)
+    finally:
+        subprocess.run(["umount", place], check=True)
+
+
+@needs_root
 def test_unmount_below_the_root(watch: Watch, top: bytes) -> None:
     os.makedirs(top + b"/a/mnt/hidden")
     if subprocess.run(["mount", "-t", "tmpfs", "none", top + b"/a/mnt"], capture_output=True).returncode:

@@ -81,6 +81,11 @@ class Facts:
     out: str
     young: float = 0.0
 
+    @property
+    def is_directory(self) -> bool:
+        """Whether it is one."""
+        return self.status is not None and stat.S_ISDIR(self.status.st_mode)
+
 
 def look(root: Root, place: Place) -> Facts:
     """Look at a path, and ask patterns and limits. It takes system calls."""
@@ -224,8 +229,7 @@ def judge(
     same = _is_same(known, facts.status)
     exact = wait is not None and wait.at == facts.place.below
     # Of a file, it is seen at once that nothing has changed; what is below a directory has to be looked at.
-    is_file = facts.status is not None and not stat.S_ISDIR(facts.status.st_mode)
-    if wait is not None and (exact or not (same and is_file and line.acknowledged)):
+    if wait is not None and (exact or not (same and not facts.is_directory and line.acknowledged)):
         return replace(told, **_waiting(facts, wait, exact, line))
     if facts.status is None:
         return _gone(told, copy, line)

@@ -512,7 +512,7 @@ class Group:
         facts = await asyncio.to_thread(explain.look, root, place)
         number, path = place.root, place.below
         wait = self._dirty.waits(number, path)
-        below = self._dirty.count_below(number, path)
+        below = self._dirty.count_below(number, path) if facts.is_directory else 0
         copy = None
         if sender.compared and (sender.connected or not sender.comparing):
             with contextlib.suppress(PeerUnreachable):
