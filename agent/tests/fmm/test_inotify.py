@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from farshore.fmm import Hint, Kind, Root, WatchError
+from farshore.fmm import Counts, Hint, Kind, Root, WatchError
 from farshore.fmm.inotify import InotifyWatcher
 from farshore.fmm.protected import Protected
 from farshore.fmm.types import Inode
@@ -942,3 +942,53 @@ def test_roots_are_looked_at_gently(watch: Watch, top: bytes, clock: Clock, monk
         clock.now += 0.1
     assert 8 <= len(looks) <= 11
     assert all(after - before >= 0.99 for before, after in pairwise(looks))
+
+
+# What is counted.
+
+
+def test_what_is_seen_is_counted(watch: Watch, top: bytes) -> None:
+    os.makedirs(top + b"/a/b")
+    watcher = watch(top)
+    watcher.drain()
+    assert watcher.counts() == Counts("inotify", directories=3)
+    os.mkdir(top + b"/c")
+    touch(top + b"/c/f")
+    watcher.drain()
+    counts = watcher.counts()
+    assert (counts.directories, counts.unwatched, counts.overflows) == (4, 0, 0)
+    assert counts.events > 0
+
+
+def test_what_is_not_watched_is_counted(watch: Watch, top: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.makedirs(top + b"/ok")
+    os.makedirs(top + b"/full1")
+    os.makedirs(top + b"/full2")
+    refuse(monkeypatch, errno.ENOSPC, lambda path: b"full" in path)
+    watcher = watch(top)
+    watcher.drain()
+    assert (watcher.counts().directories, watcher.counts().unwatched) == (2, 2)
+    monkeypatch.undo()
+    watcher.drain()
+    assert (watcher.counts().directories, watcher.counts().unwatched) == (4, 0)
+
+
+def test_counts_survive_an_overflow_and_a_pause(watch: Watch, top: bytes) -> None:
+    watcher = watch(top)
+    touch(top + b"/f")
+    watcher.drain()
+    events = watcher.counts().events
+    watcher._overflow()
+    watcher.drain()
+    assert watcher.counts() == Counts("inotify", 1, 0, overflows=1, events=events)
+    watcher.pause()
+    assert watcher.counts() == Counts("inotify", 0, 0, overflows=1, events=events)
+    watcher.resume()
+    assert watcher.counts() == Counts("inotify", 1, 0, overflows=1, events=events)
+
+
+def test_a_file_is_watched_through_its_directory(watch: Watch, top: bytes) -> None:
+    touch(top + b"/f")
+    watcher = watch(top + b"/f")
+    watcher.drain()
+    assert watcher.counts().directories == 1

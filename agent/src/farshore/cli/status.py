@@ -74,6 +74,7 @@ def _describe(answer: api.Answer) -> Iterable[str]:
         for group in answer.groups.values():
             yield from _held(group, "")
             yield from _restored(group, "")
+            yield from _watched(group)
             if group.verification is not None:
                 yield f"  verified {group.group}: {_verification(group.verification)}"
             for problem in group.problems:
@@ -106,6 +107,25 @@ def _held(group: api.GroupStatus, where: str) -> Iterable[str]:
     if group.state == "rejected":
         choice = f"'farshore approve {group.group}', or a change of the owner"
     yield f"       {choice}{where} ends it; see docs/brake.md"
+
+
+def _watched(group: api.GroupStatus) -> Iterable[str]:
+    """How the group is watched, where that is not all well; the problems name the remedies."""
+    watch = group.watch
+    if watch is None or (watch.state in ("watching", "starting", "paused") and not watch.overflows):
+        return
+    text = f"watched by {watch.engine}: {watch.directories:,} directories"
+    if watch.state == "failed":
+        text = f"not watched, as {watch.engine} fails; it is tried again every few seconds"
+    elif watch.unwatched:
+        text += f"; {watch.unwatched:,} more are scanned instead"
+    yield f"  {group.group} is {text}"
+    if watch.overflows:
+        times = "once" if watch.overflows == 1 else f"{watch.overflows:,} times"
+        yield (
+            f"  {group.group}: the kernel's queue of events overflowed {times}, and all was looked at again; a longer "
+            f"one: sysctl -w fs.{watch.engine}.max_queued_events=N, or a higher node_{watch.engine}_queued_events"
+        )
 
 
 def _restored(group: api.GroupStatus, where: str) -> Iterable[str]:

@@ -247,6 +247,25 @@ class VerificationStatus(msgspec.Struct, frozen=True):
     last: VerificationReport | None
 
 
+class WatchStatus(msgspec.Struct, frozen=True):
+    """How the owner of a group watches it.
+
+    ``state``: "watching", "starting", "partial" (some of it is scanned instead), "paused", or "failed" (nothing is
+    watched); ``reason`` says why, and what to do, "" when all is well. ``directories`` are watched now, ``unwatched``
+    ones are scanned. The kernel's queue ``overflows`` and its ``events`` count since this node became the owner or
+    started; ``waiting_files`` are paths that were told of and not looked at yet.
+    """
+
+    engine: str
+    state: str
+    directories: int
+    unwatched: int
+    overflows: int
+    events: int
+    waiting_files: int
+    reason: str
+
+
 class GroupStatus(msgspec.Struct, frozen=True):
     """One group as a node sees it. Ages and durations in seconds, sizes in bytes.
 
@@ -262,7 +281,7 @@ class GroupStatus(msgspec.Struct, frozen=True):
     (seconds since the Unix epoch, 0: not known); None: it takes its last one. ``restored``: what was put in place since
     this node became the owner, and where is what was there. ``held``: why this replica does not apply what it receives
     until the administrator has decided, "" when it does; ``held_transactions`` wait since ``held_since`` (seconds since
-    the Unix epoch, else 0).
+    the Unix epoch, else 0). ``watch``: how the owner watches; None on the replica.
     """
 
     group: str
@@ -291,6 +310,7 @@ class GroupStatus(msgspec.Struct, frozen=True):
     held_transactions: int = 0
     held_since: float = 0.0
     verification: VerificationStatus | None = None
+    watch: WatchStatus | None = None
 
 
 class NodeStatus(_Message, frozen=True, tag="node-status"):

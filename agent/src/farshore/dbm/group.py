@@ -18,7 +18,7 @@ from typing import TypeVar
 
 from farshore.config import NodeGroup, Side
 from farshore.control import units
-from farshore.control.api import Explanation, GroupStatus, HistoryAnswer
+from farshore.control.api import Explanation, GroupStatus, HistoryAnswer, WatchStatus
 from farshore.dbm import explain, receiver, wire
 from farshore.dbm.explain import Place
 from farshore.dbm.index import Index
@@ -936,6 +936,31 @@ class Group:
             held_transactions=applier.waiting if applier is not None and held is not None else 0,
             held_since=held.since if held is not None else 0.0,
             verification=sender.verifier.status() if sender is not None and sender.verifier is not None else None,
+            watch=self._watch_status(),
+        )
+
+    def _watch_status(self) -> WatchStatus | None:
+        feed = self._feed
+        if feed is None:
+            return None
+        counts = feed.counts()
+        if self._paused:
+            state = "paused"
+        elif feed.failed:
+            state = "failed"
+        elif not feed.watching:
+            state = "starting"
+        else:
+            state = "partial" if counts.unwatched else "watching"
+        return WatchStatus(
+            engine=counts.engine,
+            state=state,
+            directories=counts.directories,
+            unwatched=counts.unwatched,
+            overflows=counts.overflows,
+            events=counts.events,
+            waiting_files=self._dirty.waiting(),
+            reason="; ".join(feed.problems()),
         )
 
     def _not_kept(self) -> list[str]:

@@ -7,9 +7,10 @@ path looks like now. Hints are never trusted; the state on disk is the truth.
 from farshore.fmm.dirty import Dirty, DirtySet
 from farshore.fmm.errors import WatchError
 from farshore.fmm.factory import make_watcher
-from farshore.fmm.types import FileKind, Hint, Kind, Observed, Root, Watcher
+from farshore.fmm.types import Counts, FileKind, Hint, Kind, Observed, Root, Watcher
 
 __all__ = [
+    "Counts",
     "Dirty",
     "DirtySet",
     "FileKind",

@@ -7,11 +7,12 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 
 from farshore.errors import FarshoreError
 from farshore.fmm.dirty import DirtySet
 from farshore.fmm.mapped import Mapped
-from farshore.fmm.types import Hint, Watcher
+from farshore.fmm.types import Counts, Hint, Watcher
 from farshore.log import Log
 
 _log = Log(__name__)
@@ -46,6 +47,8 @@ class Feed:
         self._stop = threading.Event()
         self._ended = False
         self._problem = ""
+        #: Overflows and events of watchers that failed.
+        self._before = (0, 0)
         #: True while everything that can be watched is watched.
         self.watching = False
         self._thread = threading.Thread(target=self._run, name="fmm", daemon=True)
@@ -82,6 +85,18 @@ class Feed:
         if self._problem:
             return [self._problem]
         return [*self._watcher.problems(), *([self._mapped.problem] if self._mapped and self._mapped.problem else [])]
+
+    @property
+    def failed(self) -> bool:
+        """True while nothing is watched, for the reason that ``problems`` tells."""
+        return bool(self._problem)
+
+    def counts(self) -> Counts:
+        """How much is watched now; overflows and events since the feed was made, those of watchers that failed, too."""
+        with self._lock:
+            counts = self._watcher.counts()
+            overflows, events = self._before
+        return replace(counts, overflows=counts.overflows + overflows, events=counts.events + events)
 
     def _request(self, action: Callable[[], Sequence[Hint]]) -> Future[int]:
         future: Future[int] = Future()
@@ -140,7 +155,10 @@ class Feed:
         self._watcher.close()
         self._stop.wait(_RETRY_SECONDS)
         self._refuse(self._problem)
-        self._watcher = self._make()
+        following, last = self._make(), self._watcher.counts()
+        with self._lock:
+            self._before = self._before[0] + last.overflows, self._before[1] + last.events
+            self._watcher = following
         self._paused = False
 
     def _serve(self) -> None:

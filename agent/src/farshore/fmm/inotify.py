@@ -52,7 +52,7 @@ from farshore.fmm.protected import (
     show,
 )
 from farshore.fmm.scanner import ABSENT, open_beneath
-from farshore.fmm.types import Hint, Kind, Root
+from farshore.fmm.types import Counts, Hint, Kind, Root
 from farshore.log import Log
 
 with warnings.catch_warnings():
@@ -210,6 +210,10 @@ class InotifyWatcher:
         self._trouble: str | None = None
         self._problems: tuple[str, ...] = ()
         self._problems_changed = False
+        self._unwatched = 0
+        self._overflows = 0
+        self._events = 0
+        self._counts = Counts("inotify")
         self._nodes: dict[int, _Node] = {}
         self._parents: dict[int, dict[bytes, _Watched]] = {}
         self._generation = 0
@@ -296,6 +300,8 @@ class InotifyWatcher:
             self._shut()
             self._state = "paused"
             self._problems = ()
+            self._unwatched = 0
+            self._note_counts()
 
     def resume(self) -> Sequence[Hint]:
         """Watch again; returns RESCAN hints that cover the gap. Idempotent.
@@ -332,6 +338,10 @@ class InotifyWatcher:
         As of the end of the last other call; any thread may ask.
         """
         return self._problems
+
+    def counts(self) -> Counts:
+        """See Watcher."""
+        return self._counts
 
     # Events.
 
@@ -387,6 +397,7 @@ class InotifyWatcher:
             position += header
             name = data[position : position + length].rstrip(b"\0") if length else b""
             position += length
+            self._events += 1
             if parents and wd in parents:
                 self._file_event(wd, mask, name)
             node = nodes.get(wd)
@@ -467,6 +478,7 @@ class InotifyWatcher:
             self._unsure[node.parent] = None
 
     def _overflow(self) -> None:
+        self._overflows += 1
         log.warning("event queue overflowed; looking at everything again", limit=_limit("max_queued_events"))
         self._shut()
         self._open()
@@ -477,11 +489,18 @@ class InotifyWatcher:
         if self._problems_changed:
             self._problems_changed = False
             self._problems = self._list_problems()
+            self._unwatched = sum(len(node.unwatched or ()) for node in self._short)
+            self._unwatched += sum(not root.watched for root in self._roots)
+        self._note_counts()
         hints: list[Hint] = []
         for root in self._roots:
             if root.marks:
                 hints += root.take()
         return hints
+
+    def _note_counts(self) -> None:
+        directories = len(self._nodes) + len(self._parents.keys() - self._nodes.keys())
+        self._counts = Counts("inotify", directories, self._unwatched, self._overflows, self._events)
 
     def _wait(self, seconds: float) -> set[int]:
         """Wait for events or for ``wake``; the descriptors that are ready."""

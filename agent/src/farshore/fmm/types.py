@@ -99,10 +99,25 @@ class Observed(msgspec.Struct, frozen=True, gc=False):
     unlisted: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """What a watcher sees and has seen.
+
+    ``directories`` are watched now; ``unwatched`` directories and roots are not, and are scanned instead. The kernel's
+    queue ``overflows`` and its ``events`` count since the watcher was made.
+    """
+
+    engine: str
+    directories: int = 0
+    unwatched: int = 0
+    overflows: int = 0
+    events: int = 0
+
+
 class Watcher(Protocol):
     """Reports that something changed under the roots it was made for.
 
-    All calls come from one thread, but for ``wake``, which any thread may call.
+    All calls come from one thread, but for ``wake``, ``problems`` and ``counts``, which any thread may call.
     """
 
     def start(self) -> Sequence[Hint]:
@@ -131,3 +146,6 @@ class Watcher(Protocol):
 
     def problems(self) -> Sequence[str]:
         """What limits the view now, each with its remedy; empty when all is watched."""
+
+    def counts(self) -> Counts:
+        """How much is watched now, and what has come of it so far, as of the last other call."""
