@@ -13,14 +13,16 @@ from farshore.errors import StateError
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
-def write(path: Path, data: bytes) -> None:
+def write(path: Path, data: bytes, mode: int = 0o600) -> None:
     """Replace ``path``: after a crash it holds either what it held or ``data``. Raises StateError."""
     temporary = path.with_name(f".{path.name}.new")
     try:
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
             with open(fd, "wb", closefd=False) as file:
                 file.write(data)
+            # What may read it does not depend on the umask, nor on what an earlier attempt has left.
+            os.fchmod(fd, mode)
             os.fsync(fd)
         finally:
             os.close(fd)
