@@ -1,9 +1,10 @@
-"""The notification protocol of systemd: READY=1, STATUS=, WATCHDOG=1 (sd_notify(3))."""
+"""The notification protocol of systemd: READY=1, RELOADING=1, STATUS=, WATCHDOG=1 (sd_notify(3))."""
 
 from __future__ import annotations
 
 import os
 import socket
+import time
 
 
 def _send(message: str) -> None:
@@ -24,6 +25,12 @@ def _send(message: str) -> None:
 def ready(status: str = "") -> None:
     """Tell the service manager that start-up is finished."""
     _send(f"READY=1\nSTATUS={status}")
+
+
+def reloading() -> None:
+    """Tell the service manager that another configuration is taken up; ``ready`` ends it."""
+    microseconds = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
+    _send(f"RELOADING=1\nMONOTONIC_USEC={microseconds}")
 
 
 def status(text: str) -> None:

@@ -35,7 +35,8 @@ REPLICA = api.GroupStatus(
     backlog_bytes=64, history_since=900.5, history_bytes=1 << 20,
     held="too much", held_transactions=17, held_since=950.0,
 )  # fmt: skip
-NODE = api.NodeStatus("web1", "1.2.3", 61.0, {"web": OWNER, "db": REPLICA})
+CONFIG = api.ConfigStatus(77.0, "it is broken", [])
+NODE = api.NodeStatus("web1", "1.2.3", 61.0, {"web": OWNER, "db": REPLICA}, CONFIG)
 MONITOR = api.MonitorStatus(
     "ldrg", "1.2.3", 5.0, "down: charon does not run",
     {
@@ -81,6 +82,8 @@ def test_what_an_owner_tells() -> None:
     assert of(found, "up", daemon="node") == 1
     assert of(found, "build_info", daemon="node", node="web1", version="1.2.3") == 1
     assert of(found, "uptime_seconds", daemon="node") == 61
+    assert of(found, "config_timestamp_seconds") == 77
+    assert (of(found, "config_in_force"), of(found, "config_restart_needed")) == (0, 0)
     for name, value in (
         ("owner", 1),
         ("epoch", 7),

@@ -71,6 +71,7 @@ def _describe(answer: api.Answer) -> Iterable[str]:
                 )
             )
         yield from _table(rows)
+        yield from _configuration(answer.config)
         for group in answer.groups.values():
             yield from _held(group, "")
             yield from _restored(group, "")
@@ -107,6 +108,15 @@ def _held(group: api.GroupStatus, where: str) -> Iterable[str]:
     if group.state == "rejected":
         choice = f"'farshore approve {group.group}', or a change of the owner"
     yield f"       {choice}{where} ends it; see docs/brake.md"
+
+
+def _configuration(config: api.ConfigStatus | None) -> Iterable[str]:
+    """What of the configuration's file is not in force."""
+    if config is not None and config.failed:
+        yield f"  ! {config.failed}"
+    if config is not None and config.restart:
+        keys = ", ".join(config.restart)
+        yield f"  ! changed in the configuration, and not in force before 'systemctl restart farshore-node': {keys}"
 
 
 def _watched(group: api.GroupStatus) -> Iterable[str]:

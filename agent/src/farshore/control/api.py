@@ -313,13 +313,26 @@ class GroupStatus(msgspec.Struct, frozen=True):
     watch: WatchStatus | None = None
 
 
+class ConfigStatus(msgspec.Struct, frozen=True):
+    """The configuration that a node runs by.
+
+    ``since``: when it was read, in seconds since the Unix epoch. ``failed``: why a later one, or a group of this one,
+    is not in force, "" when all is. ``restart``: keys that have changed and count only after a restart of the daemon.
+    """
+
+    since: float
+    failed: str
+    restart: list[str]
+
+
 class NodeStatus(_Message, frozen=True, tag="node-status"):
-    """Answer of ``farshore-node``."""
+    """Answer of ``farshore-node``; ``config`` is for the local administrator."""
 
     node: str
     version: str
     uptime: float
     groups: dict[str, GroupStatus]
+    config: ConfigStatus | None = None
 
 
 class ServiceHealth(msgspec.Struct, frozen=True):

@@ -63,6 +63,8 @@ class Page(Collector):
         self._gauge("build_info", "The running daemon: its version, and its node's name. Always 1.", labels, 1)
         self._gauge("uptime_seconds", "Seconds since the daemon began.", {"daemon": daemon}, status.uptime)
         if isinstance(status, api.NodeStatus):
+            if status.config is not None:
+                self._config(status.config)
             for group in status.groups.values():
                 self._group(group)
         else:
@@ -70,6 +72,14 @@ class Page(Collector):
             self._one_of("monitor_tunnel_state", "The tunnel between the sites.", {}, TUNNEL_STATES, tunnel)
             for switch in status.groups.values():
                 self._switch(switch)
+
+    def _config(self, config: api.ConfigStatus) -> None:
+        gauge = self._gauge
+        since = "When the configuration in force was read, as seconds since the Unix epoch."
+        gauge("config_timestamp_seconds", since, {}, config.since)
+        gauge("config_in_force", "Whether the configuration that was read last is in force.", {}, not config.failed)
+        restart = "Whether something has changed that counts only after a restart."
+        gauge("config_restart_needed", restart, {}, bool(config.restart))
 
     def _group(self, group: api.GroupStatus) -> None:
         of = {"group": group.group}

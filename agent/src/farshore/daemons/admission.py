@@ -62,6 +62,10 @@ class Admission:
         self._strangers = Bucket(STRANGERS_RATE, STRANGERS_BURST, STRANGERS_BURST, clock())
         self._identities: Counter[str] = Counter()
 
+    def configure(self, known: Iterable[str]) -> None:
+        """These addresses count as known from now on, and those of before no longer, unless they were learnt."""
+        self._configured = frozenset(known)
+
     @property
     def pending(self) -> int:
         """Connections of which nobody knows yet whose they are."""

@@ -12,25 +12,30 @@ import sys
 import time
 from pathlib import Path
 
+from msgspec import structs
+
 from farshore import __version__, log, notify, tls
 from farshore.config import NodeConfig, load
 from farshore.control import api, client, server
 from farshore.daemons import rights
 from farshore.daemons.admission import MOST_OF_OTHER, MOST_OF_PEER
 from farshore.daemons.listener import FIRST_FRAME_SECONDS, Caller, Listener
+from farshore.daemons.reload import Reload, merge, regrouped
 from farshore.dbm import layout, receiver, wire
 from farshore.dbm.explain import locate
-from farshore.dbm.group import Group
+from farshore.dbm.group import BeingReplaced, Group
 from farshore.dbm.messages import Hello, Refused
 from farshore.dbm.replica.restore import When
 from farshore.dbm.unkept import shown
-from farshore.errors import FarshoreError, PeerRefused, UsageError
+from farshore.errors import ConfigError, FarshoreError, PeerRefused, UsageError
 from farshore.log import Log
 
 _log = Log(__name__)
 _REQUESTS: wire.Codec[api.Request] = wire.Codec(api.Request)
 #: Seconds between an answer and the next request on a connection, and for taking the answer.
 _IDLE_SECONDS = 30.0
+#: Seconds that a reload which is under way may take to end when the daemon does.
+_RELOAD_ENDS_SECONDS = 10.0
 #: Characters of a group's name that are said again.
 _MOST_GROUP = 40
 #: MessagePack: the first byte of an array, as the messages of a group's stream are; requests are maps.
@@ -44,15 +49,18 @@ class Node:
         self.config = config
         self._started = time.monotonic()
         self._credentials = tls.Credentials(config.tls)
-        self.groups = {
-            name: Group(name, group, self._credentials, config.state_dir / "groups" / name)
-            for name, group in config.groups.items()
-        }
-        peers = [group.peer.address for group in config.groups.values()]
-        self._listener = Listener(config.listen, self._credentials, self._serve, peers, self._part)
+        self.groups = {name: self._make(name, config) for name in config.groups}
+        self._listener = Listener(config.listen, self._credentials, self._serve, _peers(config), self._part)
+        self._reloading = asyncio.Lock()
+        self._config_since = time.time()
+        self._config_failed = ""
+        self._config_restart: tuple[str, ...] = ()
         self._control: asyncio.Server | None = None
         self._lock = -1
         self._socket: Path | None = None
+
+    def _make(self, name: str, config: NodeConfig) -> Group:
+        return Group(name, config.groups[name], self._credentials, config.state_dir / "groups" / name)
 
     @property
     def port(self) -> int:
@@ -78,12 +86,75 @@ class Node:
             self._control.close()
         self._listener.close()
         for group in self.groups.values():
-            await group.stop()
+            with contextlib.suppress(BeingReplaced):
+                await group.stop()
         await self._listener.wait_closed(5)
         if self._socket is not None:
             self._socket.unlink(missing_ok=True)
         if self._lock >= 0:
             os.close(self._lock)
+
+    # --- another configuration
+
+    async def reload(self, path: Path) -> None:
+        """Read the configuration anew and go on by it; a broken one changes nothing, which the status tells."""
+        async with self._reloading:
+            try:
+                reload = merge(self.config, load(path, NodeConfig))
+            except ConfigError as error:
+                _log.error("the configuration is broken; the one from before stays in force", reason=error)
+                self._config_failed = f"the configuration is broken, and the one from before is in force: {error}"
+                return
+            await self._adopt(reload)
+
+    async def _adopt(self, reload: Reload) -> None:
+        before, config = self.config, reload.config
+        gone, other, new = regrouped(before, config)
+        # One that could not begin is tried again.
+        other += [name for name in config.groups if name in before.groups and name not in self.groups]
+        anew = [name for name in other if name not in self.groups or not self.groups[name].adopt(config.groups[name])]
+        if reload.restart:
+            _log.warning("a restart is needed for what has changed", keys=",".join(reload.restart))
+        # Who may come in, and to what, is decided by the new one from here on.
+        self.config = config
+        self._listener.admission.configure(_peers(config))
+        log.setup(config.log_level, config.log_json)
+        ended = [name for name in (*gone, *anew) if name in self.groups]
+        paused = {name for name in ended if self.groups[name].paused}
+        # A path may go from one group to another: first, all that end have ended.
+        await asyncio.gather(*(self.groups[name].stop(hurry=False) for name in ended))
+        for name in gone:
+            self.groups.pop(name, None)
+        begun = await asyncio.gather(*(self._begin(name, config, name in paused) for name in (*anew, *new)))
+        # Their order is the configuration's.
+        self.groups = {name: self.groups[name] for name in config.groups if name in self.groups}
+        self._config_since = time.time()
+        self._config_failed = "; ".join(filter(None, begun))
+        self._config_restart = reload.restart
+        words = {"gone": gone, "new": new, "anew": anew, "changed": [name for name in other if name not in anew]}
+        _log.info("reloaded", **{word: ",".join(names) or "none" for word, names in words.items()})
+
+    async def _begin(self, name: str, config: NodeConfig, paused: bool) -> str:
+        """Run a group by ``config``; returns why that cannot be, "" if it can."""
+        try:
+            group = self._make(name, config)
+            try:
+                await group.recover()
+                self.groups[name] = group
+                await group.start()
+                if paused and group.owns:
+                    await group.pause()
+            except BaseException:
+                await group.stop()
+                raise
+        except (FarshoreError, OSError) as error:
+            self.groups.pop(name, None)
+            _log.error("a group cannot begin", error, group=name)
+            return f"group {name} cannot begin: {error}"
+        return ""
+
+    def _config_status(self) -> api.ConfigStatus:
+        return api.ConfigStatus(self._config_since, self._config_failed, list(self._config_restart))
 
     # --- connections
 
@@ -121,7 +192,7 @@ class Node:
             group = hello.group[:_MOST_GROUP]
             writer.write(wire.frame(Refused(f"group {group} is not for {peer}", False, 0)))
             raise PeerRefused("this node", f"{peer} has no part in group {group!r}")
-        await self.groups[hello.group].accept(reader, writer, peer, hello)
+        await self._group(hello.group).accept(reader, writer, peer, hello)
 
     # --- requests
 
@@ -130,7 +201,9 @@ class Node:
         rights.check_node(request, peer, self.config)
         match request:
             case api.StatusRequest():
-                return await self.status(only_for=peer if rights.party(self.config, peer) == "peer" else None)
+                party = rights.party(self.config, peer)
+                status = await self.status(only_for=peer if party == "peer" else None)
+                return structs.replace(status, config=self._config_status()) if party == "local" else status
             case api.SetOwner(group=name, owner=owner, epoch=epoch, units=with_units):
                 return api.Done(await self._group(name).set_owner(owner, epoch, with_units))
             case api.Freeze(group=name, epoch=epoch, timeout=timeout):
@@ -170,7 +243,7 @@ class Node:
         """How this node and its groups are; of these, only those of the peer ``only_for``, if given."""
         groups = {
             name: await group.status()
-            for name, group in self.groups.items()
+            for name, group in list(self.groups.items())
             if only_for is None or group.config.peer.node == only_for
         }
         return api.NodeStatus(self.config.node, __version__, time.monotonic() - self._started, groups)
@@ -206,12 +279,17 @@ class Node:
         return owned
 
 
-async def run(config: NodeConfig) -> None:
-    """Run a node until SIGTERM or SIGINT."""
-    stop = asyncio.Event()
+def _peers(config: NodeConfig) -> list[str]:
+    return [group.peer.address for group in config.groups.values()]
+
+
+async def run(config: NodeConfig, path: Path) -> None:
+    """Run a node until SIGTERM or SIGINT; SIGHUP has it read its configuration at ``path`` anew."""
+    stop, again = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+    loop.add_signal_handler(signal.SIGHUP, again.set)
     # Compile or load the kernels before anybody waits for them.
     from farshore import delta
     from farshore.fmm import sums
@@ -221,8 +299,9 @@ async def run(config: NodeConfig) -> None:
     config.runtime_dir.mkdir(parents=True, exist_ok=True)
     node = Node(config)
     await node.start(config.runtime_dir / client.NODE_SOCKET)
-    notify.ready(f"{len(config.groups)} groups")
+    notify.ready(_summary(node))
     interval = notify.watchdog_interval()
+    reloads = asyncio.create_task(_reload_when_told(node, path, again), name="reload")
     try:
         while not stop.is_set():
             notify.watchdog()
@@ -230,7 +309,25 @@ async def run(config: NodeConfig) -> None:
                 await asyncio.wait_for(stop.wait(), interval)
     finally:
         notify.stopping()
+        reloads.cancel()
+        await asyncio.wait([reloads], timeout=_RELOAD_ENDS_SECONDS)
         await node.stop()
+
+
+async def _reload_when_told(node: Node, path: Path, again: asyncio.Event) -> None:
+    while True:
+        await again.wait()
+        again.clear()
+        notify.reloading()
+        try:
+            await node.reload(path)
+        except Exception as error:
+            _log.error("the reload failed", error)
+        notify.ready(_summary(node))
+
+
+def _summary(node: Node) -> str:
+    return f"{len(node.groups)} groups"
 
 
 def main() -> int:
@@ -243,7 +340,7 @@ def main() -> int:
         config = load(arguments.config, NodeConfig)
         log.setup(config.log_level, config.log_json)
         if not arguments.check:
-            asyncio.run(run(config))
+            asyncio.run(run(config, arguments.config))
     except FarshoreError as error:
         print(f"farshore-node: {error}", file=sys.stderr)
         return error.exit_code

@@ -54,6 +54,12 @@ class Pacer:
         self._look()
         self._tokens = self._burst()
 
+    def adopt(self, bandwidth: Bandwidth) -> None:
+        """Another limit holds from now on."""
+        self._bandwidth = bandwidth
+        self._earn(self._clock())
+        self._look()
+
     async def take(self, n: int) -> None:
         """Wait until ``n`` bytes may go; first come, first served. More than half a burst is saved up in halves."""
         async with self._turn:

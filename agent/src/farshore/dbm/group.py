@@ -12,16 +12,16 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TypeVar
 
 from farshore.config import NodeGroup, Side
 from farshore.control import units
 from farshore.control.api import Explanation, GroupStatus, HistoryAnswer, WatchStatus
-from farshore.dbm import explain, receiver, wire
+from farshore.dbm import explain, receiver, roots, wire
 from farshore.dbm.explain import Place
-from farshore.dbm.index import Index
+from farshore.dbm.index import ROOTS, Index
 from farshore.dbm.messages import Hello, Refused, Welcome
 from farshore.dbm.owners import Owners
 from farshore.dbm.record import Record, load, store
@@ -51,6 +51,7 @@ _TEND_SECONDS = 2.0
 #: For so long the watcher may be asked before a path is explained.
 _EXPLAIN_SECONDS = 5.0
 _T = TypeVar("_T")
+_FIELDS = tuple(field.name for field in fields(NodeGroup))
 
 
 class NotOwner(FarshoreError):
@@ -77,6 +78,40 @@ class NothingHeld(FarshoreError):
     exit_code = 28
 
 
+class BeingReplaced(FarshoreError):
+    """Group {0} is given another configuration; ask again in a moment"""
+
+    exit_code = 37
+
+
+class PathsNotTakenUp(FarshoreError):
+    """{0}"""
+
+    exit_code = 38
+
+
+#: What of a group's configuration is taken up while it goes on: by its source, and by its replica.
+_TAKEN_UP: dict[bool, frozenset[str]] = {
+    True: frozenset({"units", "rpo", "bandwidth", "compress", "verify", "history", "brake"}),
+    False: frozenset({"units", "rpo", "bandwidth", "compress", "verify"}),
+}
+
+
+class _Turns(asyncio.Lock):
+    """One change of a group after the other, and none once it has ended."""
+
+    def __init__(self, group: str) -> None:
+        super().__init__()
+        self._group = group
+        self.ended = False
+
+    async def __aenter__(self) -> None:
+        await super().__aenter__()
+        if self.ended:
+            self.release()
+            raise BeingReplaced(self._group)
+
+
 class Group:
     """Runs ``config`` on this node, with its state below ``state``. All methods belong to the event loop."""
 
@@ -88,9 +123,14 @@ class Group:
         self._record_path = state / "group.json"
         state.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._record = load(self._record_path)
-        self._roots = [(item.source, item.root()) for item in config.paths]
-        self._change = asyncio.Lock()
-        self._snapshots = Snapshots(name, config.consistency, [root for _, root in self._roots], state)
+        #: The roots that are configured, and those that the state is of, which count until it is brought along.
+        self._wanted: roots.Roots = [(item.source, item.root()) for item in config.paths]
+        there = roots.load(state)
+        self._roots = self._wanted if there is None or not roots.differ(there, self._wanted) else there
+        #: Why the configured roots do not count yet.
+        self._not_taken_up = ""
+        self._change = _Turns(name)
+        self._snapshots = self._make_snapshots()
         self._dirty = DirtySet()
         self._feed: Feed | None = None
         self._sender: Sender | None = None
@@ -126,6 +166,9 @@ class Group:
         """The highest epoch known here."""
         return self._record.epoch
 
+    def _make_snapshots(self) -> Snapshots:
+        return Snapshots(self.name, self.config.consistency, [root for _, root in self._roots], self._state)
+
     # --- life
 
     async def recover(self) -> None:
@@ -139,6 +182,7 @@ class Group:
             except FarshoreError as error:
                 # Neither watched nor served until it is: it is tried again when this node is told its role.
                 _log.error("a restore cannot be finished", error, group=self.name)
+        await self._take_up_paths()
         if not self.owns and self._record.epoch and (self._state / "journal").exists():
             await self._in_worker(self._open_applier)
             await self._in_worker(self._work)
@@ -161,14 +205,116 @@ class Group:
                 with contextlib.suppress(FarshoreError):
                     await units.start(self.config.units)
 
-    async def stop(self) -> None:
-        """End all work; the role stays on record."""
+    async def _take_up_paths(self) -> None:
+        """Bring the state along when other paths are configured than it is of; what stands in the way is a problem."""
+        try:
+            if self._record.exchange and self._roots is not self._wanted:
+                raise PathsNotTakenUp("a restore is half done")
+            renumbered = await self._in_worker(self._prepare_paths)
+            if renumbered:
+                added = len(roots.mapping(self._roots, self._wanted)) < len(self._wanted)
+                self._store(
+                    replace(
+                        self._record,
+                        lineage=secrets.token_hex(16) if self._record.lineage else "",
+                        was_in_step=False,
+                        synced_once=self._record.synced_once and not added,
+                        roots=(),
+                    )
+                )
+                await self._in_worker(roots.change, self._state, self._roots, self._wanted)
+        except (FarshoreError, OSError) as error:
+            text = f"its paths have changed, and those from before stay in force: {error}"
+            if text != self._not_taken_up:
+                _log.error("paths are not taken up", reason=error, group=self.name)
+            self._not_taken_up = text
+            return
+        self._not_taken_up = ""
+        if self._roots is not self._wanted:
+            self._roots = self._wanted
+            # What a process that died has left lies at the roots from before.
+            self._snapshots.thread.submit(self._snapshots.recover)
+            self._snapshots.thread.shutdown(wait=False)
+            self._snapshots = self._make_snapshots()
+            _log.info("other paths are protected now", group=self.name, paths=[name for name, _ in self._roots])
+
+    def _prepare_paths(self) -> bool:
+        """In the worker: make ready for other roots; returns whether there are any. Raises FarshoreError, OSError."""
+        roots.finish(self._state)
+        there = roots.load(self._state)
+        if there is None or not roots.differ(there, self._wanted):
+            self._roots = self._wanted
+            if there != self._wanted:
+                roots.store(self._state, self._wanted)
+            return False
+        self._roots = there
+        if not (self._state / "history").exists():
+            return True
+        self._close_applier()
+        applier = receiver.Applier(self._roots, self._state, self.config.history) if self.owns else self._open_applier()
+        try:
+            if applier.held is not None:
+                raise PathsNotTakenUp(
+                    f"the brake holds changes; 'farshore approve {self.name}' or, for what was rejected, a change of "
+                    "the owner comes first"
+                )
+            applier.drain()
+            applier.set_aside("what was not complete when the paths changed is not applied")
+            applier.history.renumber(roots.mapping(self._roots, self._wanted), self._state / roots.NEW_HISTORY)
+        finally:
+            if self._applier is not None:
+                self._close_applier()
+            else:
+                applier.close()
+        return True
+
+    async def _try_paths_again(self) -> None:
+        async with self._change:
+            was_source = self._sender is not None
+            await self._stop_source()
+            await self._end_session()
+            await self._take_up_paths()
+            if was_source:
+                self._start_source()
+
+    def adopt(self, config: NodeGroup) -> bool:
+        """Go on with another configuration; False, and nothing is done, when the group must begin anew for it."""
+        changed = {name for name in _FIELDS if getattr(config, name) != getattr(self.config, name)}
+        if not changed <= _TAKEN_UP[self._sender is not None] or self._not_taken_up:
+            return False
+        more = [unit for unit in config.units if unit not in self.config.units]
+        self.config = config
+        if self._sender is not None:
+            self._sender.adopt(config.bandwidth, config.compress)
+            if self._sender.verifier is not None:
+                self._sender.verifier.adopt(config.verify)
+        if more and self._record.epoch and not self._record.frozen:
+            self._adopting = asyncio.create_task(self._take_up_units(more))
+        return True
+
+    async def _take_up_units(self, more: list[str]) -> None:
+        """Units that are new run on the owner, and nowhere else."""
+        try:
+            async with self._change:
+                await (units.start(more) if self.owns else units.stop(more))
+        except FarshoreError as error:
+            _log.error("a unit that is new is not as it should be", reason=error, group=self.name)
+
+    @property
+    def paused(self) -> bool:
+        """True while the administrator has it neither watch nor send."""
+        return self._paused
+
+    async def stop(self, hurry: bool = True) -> None:
+        """End all work; the role stays on record. Without ``hurry``, a restore that is under way is waited for."""
         if self._tending is not None:
             self._tending.cancel()
-        self._ending.set()
+        if hurry:
+            self._ending.set()
         async with self._change:
             await self._stop_source()
             await self._stop_replica()
+            self._change.ended = True
             self._worker.shutdown(wait=True)
             self._snapshots.thread.shutdown(wait=False)
 
@@ -308,8 +454,11 @@ class Group:
         """What a replica has to do now and then."""
         while True:
             await asyncio.sleep(_TEND_SECONDS)
-            with contextlib.suppress(RuntimeError):
+            with contextlib.suppress(RuntimeError, BeingReplaced):
                 await self._in_worker(self._work)
+                applier = self._applier
+                if self._not_taken_up and not (applier is not None and (applier.held is not None or applier.stalled)):
+                    await self._try_paths_again()
 
     def _work(self) -> None:
         """In the worker."""
@@ -836,11 +985,19 @@ class Group:
             self._applier = receiver.Applier(
                 self._roots, self._state, self.config.history, guard=guard, unkept=self._unkept, owners=self._owners
             )
-            index = self._state / "index.db"
             if self._record.keep_aside:
-                self._aside_index = Index(index) if index.exists() else None
+                self._aside_index = self._index_of_these()
                 self._applier.keep_aside(self._state / "aside" / f"epoch-{self._record.epoch}", self._only_here)
         return self._applier
+
+    def _index_of_these(self) -> Index | None:
+        """What this node knew of the other side when it was the source of the same roots."""
+        path = self._state / "index.db"
+        index = Index(path) if path.exists() else None
+        if index is not None and index.get_fact(ROOTS) != roots.names_of(self._roots):
+            index.close()
+            return None
+        return index
 
     def _close_applier(self) -> None:
         applier, self._applier = self._applier, None
@@ -897,6 +1054,8 @@ class Group:
             problems.append(f"the history: {applier.history.problem}")
         if self._half_done:
             problems.insert(0, self._half_done)
+        if self._not_taken_up:
+            problems.insert(0, self._not_taken_up)
         if applier is not None and applier.stalled:
             problems.insert(0, f"what was received cannot be applied: {applier.stalled}")
         kept = max(self._kept_aside, self._applier.kept_aside if self._applier else 0)

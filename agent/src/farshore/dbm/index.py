@@ -35,6 +35,8 @@ _COMMITTED = "committed"
 #: So long after a change, the content of a file that was not synced may not be on disk, while what lstat tells is:
 #: the kernel begins to write content back after 30 s (vm.dirty_expire_centisecs), and a slow disk takes its time.
 _WRITE_BACK_NS = 600 * 10**9
+#: The names of the roots that the entries' numbers stand for (JSON).
+ROOTS = "roots"
 #: Whether the replica may hold transactions of a state that is not complete.
 OPEN = "open"
 #: The key of the entries' marks.

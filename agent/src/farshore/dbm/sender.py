@@ -32,7 +32,7 @@ from farshore.dbm import wire
 from farshore.dbm.bandwidth import Pacer
 from farshore.dbm.blocks import BlockReader, BlockWriter, tune
 from farshore.dbm.census import Census
-from farshore.dbm.index import LINEAGE, OPEN, SEQ, Index, IndexDamaged, Known, clamp_time, is_damage, set_aside
+from farshore.dbm.index import LINEAGE, OPEN, ROOTS, SEQ, Index, IndexDamaged, Known, clamp_time, is_damage, set_aside
 from farshore.dbm.messages import (
     Ack,
     Applied,
@@ -61,6 +61,7 @@ from farshore.dbm.messages import (
 from farshore.dbm.owners import Arriving, Leaving, Owners
 from farshore.dbm.planner import MAX_OPERATIONS, MAX_PATH, Planned, Planner, dirty_everything
 from farshore.dbm.replica import paths
+from farshore.dbm.roots import names_of
 from farshore.dbm.snapshots import Snapshots
 from farshore.dbm.state import Cycle, merged
 from farshore.dbm.unkept import texts
@@ -235,6 +236,7 @@ class Sender:
         self._peer = peer
         self._context = context
         self._roots = roots
+        self._root_names = names_of(roots)
         self._dirty = dirty
         self._on_confirmed = on_confirmed
         self._on_stale = on_stale
@@ -323,6 +325,11 @@ class Sender:
     def sent_bytes(self) -> int:
         """Bytes that were given to TLS so far."""
         return self._sent_before + (self._blocks.wire_bytes if self._blocks is not None else 0)
+
+    def adopt(self, bandwidth: Bandwidth, compress: bool) -> None:
+        """Another limit holds from now on, and the other from the next connection on."""
+        self._pacer.adopt(bandwidth)
+        self._compress = compress
 
     def oldest(self) -> float | None:
         """When the oldest change was made that may not be durable there; None when all that was seen is."""
@@ -587,6 +594,9 @@ class Sender:
         if (index.get_fact(_OWNERS) or b"") != self._owners_mark:
             # Whose the replica's files are was told in another way.
             return None
+        if index.get_fact(ROOTS) != self._root_names:
+            # Its numbers stand for other paths.
+            return None
         doubts = [(root, path) for root, path in welcome.doubts if 0 <= root < len(self._roots)]
         if any(each in self._doubted or self._is_directory(index, each) for each in doubts):
             # Sending it anew did not help, or what is missing is a directory: more is wrong than one path.
@@ -648,6 +658,7 @@ class Sender:
         self.seq = welcome.started
         await self._in_worker(index.set_fact, LINEAGE, welcome.lineage)
         await self._in_worker(index.set_fact, _OWNERS, self._owners_mark)
+        await self._in_worker(index.set_fact, ROOTS, self._root_names)
         await self._in_worker(self._commit_index, index)
 
     def _commit_index(self, index: Index) -> None:

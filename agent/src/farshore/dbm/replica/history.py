@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
 import msgspec
 
+from farshore import durable
 from farshore.config import History as Retention
 from farshore.dbm.replica.paths import remove_tree
 from farshore.dbm.replica.segments import Place, Segments
@@ -279,6 +281,30 @@ class History:
                     elif isinstance(entry, WasMeta) and entry.path == path:
                         yield step, entry
 
+    def renumber(self, numbers: Mapping[int, int], directory: Path) -> None:
+        """Write the history to ``directory`` as one of other roots: ``numbers`` has the new one of each that stays.
+
+        All of it must be settled. Where a chapter is damaged, nothing older is taken along. Raises StateError, OSError.
+        """
+        shutil.rmtree(directory, ignore_errors=True)
+        segments = Segments(directory, "history", lambda number, place, body: None)
+        last = 0
+        for chapter in self.chapters:
+            try:
+                steps = [_with_numbers(step, numbers) for step in self.steps(chapter)]
+            except StateError as error:
+                _log.error("a part of the history is lost", reason=error)
+                for segment in segments.all():
+                    segments.remove(segment)
+                continue
+            if steps:
+                records = _records(steps, last)
+                segments.begin(chapter.segment)
+                segments.append(records)
+                last = records[-1][0]
+        segments.leave()
+        durable.sync_directory(directory.parent)
+
     # --- ageing
 
     def thin(self) -> None:
@@ -426,6 +452,13 @@ class _Undone:
             return step
         entries = [entry for entry in step.entries if not any(entry.op in numbers for numbers in undone)]
         return msgspec.structs.replace(step, entries=entries)
+
+
+def _with_numbers(step: Step, numbers: Mapping[int, int]) -> Step:
+    entries = [
+        msgspec.structs.replace(entry, root=numbers[entry.root]) for entry in step.entries if entry.root in numbers
+    ]
+    return msgspec.structs.replace(step, entries=entries)
 
 
 def _records(steps: Sequence[Step], last: int = 0) -> list[tuple[int, bytes]]:

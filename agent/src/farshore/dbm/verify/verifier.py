@@ -216,6 +216,10 @@ class Verifier:
             raise UnderWay(self._group)
         return under_way.run
 
+    def adopt(self, settings: Verification) -> None:
+        """The next verification that starts by itself does so by these."""
+        self._settings = settings
+
     def status(self) -> VerificationStatus:
         """How far it is, and what came out last."""
         order = self._book.order
