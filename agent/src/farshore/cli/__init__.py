@@ -13,7 +13,20 @@ from farshore.errors import FarshoreError
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the whole command, with a subparser for each subcommand."""
-    from farshore.cli import approve, delta, explain, flush, history, metrics, mirror, pause, status, switch, verify
+    from farshore.cli import (
+        approve,
+        delta,
+        explain,
+        flush,
+        history,
+        limits,
+        metrics,
+        mirror,
+        pause,
+        status,
+        switch,
+        verify,
+    )
 
     parser = argparse.ArgumentParser(
         prog="farshore",
@@ -30,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="how much to tell on stderr (default: %(default)s)",
     )
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for module in (status, explain, metrics, flush, verify, pause, approve, history, mirror, delta, switch):
+    for module in (status, explain, metrics, flush, verify, pause, approve, history, mirror, delta, limits, switch):
         module.add_parser(subparsers)
     return parser
 
