@@ -39,3 +39,8 @@ def test_overflows_are_said_with_their_remedy() -> None:
     assert "overflowed once" in told
     assert "fs.inotify.max_queued_events" in told
     assert "overflowed 1,500 times" in lines(replace(WATCH, overflows=1500))
+
+
+def test_an_engine_that_does_not_count_directories() -> None:
+    told = lines(replace(WATCH, engine="fanotify", state="partial", directories=0, unwatched=1))
+    assert "  web is watched by fanotify; 1 more are scanned instead" in told

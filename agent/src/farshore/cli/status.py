@@ -124,7 +124,7 @@ def _watched(group: api.GroupStatus) -> Iterable[str]:
     watch = group.watch
     if watch is None or (watch.state in ("watching", "starting", "paused") and not watch.overflows):
         return
-    text = f"watched by {watch.engine}: {watch.directories:,} directories"
+    text = f"watched by {watch.engine}" + (f": {watch.directories:,} directories" if watch.directories else "")
     if watch.state == "failed":
         text = f"not watched, as {watch.engine} fails; it is tried again every few seconds"
     elif watch.unwatched:

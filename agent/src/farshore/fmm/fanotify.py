@@ -23,6 +23,7 @@ import select
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from farshore.fmm import fan, mounts
@@ -42,7 +43,7 @@ from farshore.fmm.protected import (
     show,
 )
 from farshore.fmm.scanner import ABSENT
-from farshore.fmm.types import Hint, Kind, Root
+from farshore.fmm.types import Counts, Hint, Kind, Root
 from farshore.log import Log
 
 log = Log(__name__)
@@ -196,6 +197,9 @@ class FanotifyWatcher:
         self._has_proof = False
         self._trouble: str | None = None
         self._problems: tuple[str, ...] = ()
+        self._overflows = 0
+        self._events = 0
+        self._counts = Counts("fanotify")
         self._mounts: dict[bytes, list[_Mount]] = {}
         #: Descriptors of mounts, held while a buffer of events is worked off: longer, and nobody could unmount them.
         self._open_mounts: dict[bytes, int] = {}
@@ -269,6 +273,7 @@ class FanotifyWatcher:
             self._shut()
             self._state = "paused"
             self._problems = ()
+            self._counts = replace(self._counts, unwatched=0)
 
     def resume(self) -> Sequence[Hint]:
         """Watch again; returns RESCAN hints that cover the gap. Idempotent.
@@ -304,6 +309,10 @@ class FanotifyWatcher:
         As of the end of the last other call; any thread may ask.
         """
         return self._problems
+
+    def counts(self) -> Counts:
+        """See Watcher; ``directories`` is 0, as nobody counts them: filesystems are watched."""
+        return self._counts
 
     # Events.
 
@@ -347,6 +356,7 @@ class FanotifyWatcher:
 
     def _digest(self, data: bytes) -> None:
         for mask, where, to in fan.events(data):
+            self._events += 1
             if where is None:
                 if mask & fan.OVERFLOW:
                     self._overflow()
@@ -463,6 +473,7 @@ class FanotifyWatcher:
             os.close(self._open_mounts.popitem()[1])
 
     def _overflow(self) -> None:
+        self._overflows += 1
         try:
             limit = _QUEUE_LIMIT.read_text().strip()
         except OSError:
@@ -483,6 +494,8 @@ class FanotifyWatcher:
                 root.mark(path, RESCAN)
 
     def _take(self) -> list[Hint]:
+        unwatched = sum(len(root.unwatched) + (not root.watched) for root in self._roots)
+        self._counts = Counts("fanotify", 0, unwatched, self._overflows, self._events)
         hints: list[Hint] = []
         for root in self._roots:
             if root.marks:
