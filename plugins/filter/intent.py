@@ -22,7 +22,7 @@ SITE_OF = {"ldrg": "ldc", "local_servers": "ldc", "rdrg": "rbc", "backup_servers
 _GROUP_KEYS = (
     "local_server", "backup_server", "paths", "services", "units",
     "failover", "failback", "rpo", "hold_down", "step_timeout", "bandwidth", "compress", "brake", "verify",
-    "consistency", "history", "owners", "owner_map",
+    "consistency", "history", "owners", "owner_map", "watch",
 )  # fmt: skip
 _SITE_KEYS = ("network", "public_address")
 _PATH_AGES = ("min_age", "max_age")
@@ -34,6 +34,8 @@ _RPO_KEYS = ("warn", "critical")
 _CONSISTENCY_KEYS = ("mode", "snapshot", "interval", "freeze", "thaw", "timeout")
 #: Of the keys that are numbers of seconds, what the agent allows.
 _CONSISTENCY_SECONDS = {"interval": (0.1, 86400), "timeout": (0.1, 3600)}
+_WATCH_KEYS = ("engine",)
+_ENGINES = ("auto", "inotify", "fanotify")
 _BANDWIDTH_KEYS = ("limit", "schedule")
 _BRAKE_KEYS = ("mode", "window", "most_share", "least_files", "entropy_share")
 _HISTORY_AGES = {"all": "24h", "hourly": "7d", "daily": "90d"}
@@ -74,7 +76,7 @@ def node_groups(intent: Intent, host: str, hostvars: HostVars, replica_root: str
             }
             if group.get("units"):
                 entry["units"] = list(group["units"])
-            for key in ("rpo", "bandwidth", "verify", "consistency", "history", "owner_map"):
+            for key in ("rpo", "bandwidth", "verify", "consistency", "history", "owner_map", "watch"):
                 if group.get(key):
                     entry[key] = dict(group[key])
             for key in ("compress", "owners"):
@@ -272,6 +274,7 @@ def _group_errors(where: str, name: Any, group: Any, groups: Mapping[str, Sequen
             yield f"{where}.{key}: {group[key]!r} is not a number of seconds"
     yield from _rpo_errors(f"{where}.rpo", group.get("rpo", {}))
     yield from _bandwidth_errors(f"{where}.bandwidth", group.get("bandwidth", {}))
+    yield from _watch_errors(f"{where}.watch", group.get("watch", {}))
     yield from _brake_errors(f"{where}.brake", group.get("brake", {}))
     yield from _verify_errors(f"{where}.verify", group.get("verify", {}))
     if not isinstance(group.get("compress", True), bool):
@@ -372,6 +375,12 @@ def _brake_errors(where: str, brake: Any) -> Iterator[str]:
     files = brake.get("least_files", 1)
     if not isinstance(files, int) or isinstance(files, bool) or files < 1:
         yield f"{where}.least_files: {files!r} is not a number of files from 1"
+
+
+def _watch_errors(where: str, watch: Any) -> Iterator[str]:
+    yield from _keys(where, watch, _WATCH_KEYS)
+    if isinstance(watch, Mapping) and watch.get("engine", "auto") not in _ENGINES:
+        yield f"{where}.engine: {watch['engine']!r} is not allowed; allowed: {', '.join(_ENGINES)}"
 
 
 def _bandwidth_errors(where: str, bandwidth: Any) -> Iterator[str]:

@@ -452,3 +452,16 @@ def test_the_status_is_a_table(intent: ModuleType) -> None:
     assert row.split() == ["web", "normal", "local", "local", "1", "0.2", "s", "3", "all", "is", "well"]
     group["backup"] = {"held": "too much"}
     assert intent.status_table({"web": group})[1].endswith("HELD on the backup server: too much; all is well")
+
+
+def test_what_watches_a_group(intent: ModuleType, inventory: Inventory) -> None:
+    inventory["intent"]["web"]["watch"] = {"engine": "fanotify"}
+    assert errors(intent, inventory) == []
+    groups = intent.node_groups(inventory["intent"], "web1", inventory["hostvars"], "/replicas")
+    assert groups["web"]["watch"] == {"engine": "fanotify"}
+    inventory["intent"]["web"]["watch"] = {"engine": "kqueue"}
+    assert errors(intent, inventory) == [
+        "farshore_groups.web.watch.engine: 'kqueue' is not allowed; allowed: auto, inotify, fanotify"
+    ]
+    inventory["intent"]["web"]["watch"] = {"motor": "auto"}
+    assert any("farshore_groups.web.watch.motor" in error for error in errors(intent, inventory))

@@ -81,13 +81,13 @@ class NothingHeld(FarshoreError):
 class BeingReplaced(FarshoreError):
     """Group {0} is given another configuration; ask again in a moment"""
 
-    exit_code = 37
+    exit_code = 38
 
 
 class PathsNotTakenUp(FarshoreError):
     """{0}"""
 
-    exit_code = 38
+    exit_code = 39
 
 
 #: What of a group's configuration is taken up while it goes on: by its source, and by its replica.
