@@ -34,7 +34,7 @@ _RPO_KEYS = ("warn", "critical")
 _CONSISTENCY_KEYS = ("mode", "snapshot", "interval", "freeze", "thaw", "timeout")
 #: Of the keys that are numbers of seconds, what the agent allows.
 _CONSISTENCY_SECONDS = {"interval": (0.1, 86400), "timeout": (0.1, 3600)}
-_WATCH_KEYS = ("engine",)
+_WATCH_KEYS = ("engine", "mapped")
 _ENGINES = ("auto", "inotify", "fanotify")
 _BANDWIDTH_KEYS = ("limit", "schedule")
 _BRAKE_KEYS = ("mode", "window", "most_share", "least_files", "entropy_share")
@@ -381,6 +381,8 @@ def _watch_errors(where: str, watch: Any) -> Iterator[str]:
     yield from _keys(where, watch, _WATCH_KEYS)
     if isinstance(watch, Mapping) and watch.get("engine", "auto") not in _ENGINES:
         yield f"{where}.engine: {watch['engine']!r} is not allowed; allowed: {', '.join(_ENGINES)}"
+    if isinstance(watch, Mapping) and not isinstance(watch.get("mapped", True), bool):
+        yield f"{where}.mapped: {watch['mapped']!r} is not allowed; allowed: true, false"
 
 
 def _bandwidth_errors(where: str, bandwidth: Any) -> Iterator[str]:

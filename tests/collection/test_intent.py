@@ -463,5 +463,9 @@ def test_what_watches_a_group(intent: ModuleType, inventory: Inventory) -> None:
     assert errors(intent, inventory) == [
         "farshore_groups.web.watch.engine: 'kqueue' is not allowed; allowed: auto, inotify, fanotify"
     ]
+    inventory["intent"]["web"]["watch"] = {"mapped": "sometimes"}
+    assert errors(intent, inventory) == [
+        "farshore_groups.web.watch.mapped: 'sometimes' is not allowed; allowed: true, false"
+    ]
     inventory["intent"]["web"]["watch"] = {"motor": "auto"}
     assert any("farshore_groups.web.watch.motor" in error for error in errors(intent, inventory))

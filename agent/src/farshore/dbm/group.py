@@ -93,7 +93,7 @@ class PathsNotTakenUp(FarshoreError):
 #: What of a group's configuration is taken up while it goes on: by its source, and by its replica.
 _TAKEN_UP: dict[bool, frozenset[str]] = {
     True: frozenset({"units", "rpo", "bandwidth", "compress", "verify", "history", "brake"}),
-    False: frozenset({"units", "rpo", "bandwidth", "compress", "verify"}),
+    False: frozenset({"units", "rpo", "bandwidth", "compress", "verify", "watch"}),
 }
 
 
