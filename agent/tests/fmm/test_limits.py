@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from farshore.fmm import limits
+from farshore.fmm.fanotify import FanotifyWatcher, why_not
 from farshore.fmm.types import Hint, Kind, Root
 
 SECOND = 10**9
@@ -204,3 +205,22 @@ def test_what_was_mounted_since_is_seen_after_forgetting(tmp_path: Path, monkeyp
     assert found.mount_of(0, b"d") is None
     found.forget()
     assert found.mount_of(0, b"d") == b"d"
+
+
+@pytest.mark.parametrize("one", [True, False])
+def test_fanotify_tells_of_another_filesystem_only_where_it_is_protected(
+    mounted: Path, tmp_path: Path, one: bool
+) -> None:
+    root = Root(os.fsencode(tmp_path / "root"), one_filesystem=one)
+    if reason := why_not([root]):
+        pytest.skip(reason)
+    watcher = FanotifyWatcher([root])
+    try:
+        watcher.start()
+        (tmp_path / "root" / "deep" / "f").write_text("x")
+        (mounted / "g").write_text("x")
+        seen = {hint.path for hint in watcher.drain()}
+        assert b"deep/f" in seen and (b"deep/mnt/g" in seen) is not one
+        assert watcher.problems() == ()
+    finally:
+        watcher.close()
