@@ -224,3 +224,23 @@ def test_fanotify_tells_of_another_filesystem_only_where_it_is_protected(
         assert watcher.problems() == ()
     finally:
         watcher.close()
+
+
+def test_fanotify_tells_of_what_is_bound_from_the_same_filesystem(tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can mount")
+    root = Root(os.fsencode(tmp_path / "root"), one_filesystem=True)
+    (tmp_path / "root" / "bound").mkdir(parents=True)
+    (tmp_path / "other").mkdir()
+    if reason := why_not([root]):
+        pytest.skip(reason)
+    if subprocess.run(["mount", "--bind", tmp_path / "other", tmp_path / "root" / "bound"], check=False).returncode:
+        pytest.skip("nothing can be mounted here")
+    watcher = FanotifyWatcher([root])
+    try:
+        watcher.start()
+        (tmp_path / "root" / "bound" / "f").write_text("x")
+        assert b"bound/f" in {hint.path for hint in watcher.drain()}
+    finally:
+        watcher.close()
+        subprocess.run(["umount", tmp_path / "root" / "bound"], check=True)

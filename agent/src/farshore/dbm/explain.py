@@ -215,9 +215,8 @@ def judge(
     """What the source says: pure, from what was found out."""
     told = _begun(facts, group, peer)
     known = copy.known if copy is not None else None
-    told_ns: int = 0 if known is None else getattr(known, "told_ns", 0)
-    if told_ns:
-        told = replace(told, durable_at=told_ns / 1e9)
+    if known is not None and known.told_ns:
+        told = replace(told, durable_at=known.told_ns / 1e9)
     out = facts.out or line.absent or (copy.problem if copy is not None else "")
     if out:
         return replace(told, why=out, state="kept" if known is not None and known.kind is not FileKind.SOCKET else "")

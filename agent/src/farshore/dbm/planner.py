@@ -1203,7 +1203,7 @@ def _fitting(xattrs: tuple[tuple[bytes, bytes], ...]) -> tuple[tuple[bytes, byte
 
 
 def _copy_excess(root: Root, known: Known, now_ns: int) -> limits.Excess | None:
-    return limits.copy_excess(root, known.size, known.mtime_ns, getattr(known, "told_ns", 0), now_ns)
+    return limits.copy_excess(root, known.size, known.mtime_ns, known.told_ns, now_ns)
 
 
 def _reason(error: OSError) -> str:

@@ -674,10 +674,15 @@ class FanotifyWatcher:
         return os.path.realpath(root.path)
 
     def _mounts_of(self, root: _Watched) -> list[bytes]:
-        """What ``root`` lies on, and what is mounted below it."""
-        if root.is_file or root.root.one_filesystem:
+        """What ``root`` lies on, and what is mounted below it that is not left alone."""
+        if root.is_file:
             return [_top(root)]
-        return [root.real, *mounts.points_below(root.real)]
+        below = mounts.points_below(root.real)
+        if root.root.one_filesystem:
+            # What is bound there from the same one is protected.
+            device = _device(root.real)
+            below = [path for path in below if _device(path) == device]
+        return [root.real, *below]
 
     def _mark(self, root: _Watched) -> None:
         """Mark every filesystem of ``root``; raises OSError when that of the root itself cannot be marked."""
@@ -719,6 +724,13 @@ class FanotifyWatcher:
 def _top(root: _Watched) -> bytes:
     """The directory of a root, or the one that holds a single file."""
     return os.path.dirname(root.real) if root.is_file else root.real
+
+
+def _device(path: bytes) -> int | None:
+    try:
+        return os.stat(path).st_dev
+    except OSError:
+        return None
 
 
 def _reason(error: OSError) -> str:
