@@ -555,11 +555,16 @@ class Planner:
 
     def _follow(self, batch: Batch, root: int, path: bytes, known: Known | None, work: Work) -> None:
         """What the replica has of a file that is left alone goes where its name went."""
-        if known is not None:
+        if known is not None and known.kind is not _UNKNOWN:
             if known.kind is FileKind.DIRECTORY:
                 self._vanish_below(batch, known, work)
             return
         seen = self._observe(root, path)
+        if known is not None:
+            if seen is not None and seen.kind is FileKind.FILE:
+                # What it has there may be this very file: that is kept when it goes here, and follows when it moves.
+                self._index.put(replace(_known(seen, None, 0), ctime_ns=0))
+            return
         if seen is None or seen.kind is not FileKind.FILE:
             batch.vanish(root, path, work)
         elif self._index.by_inode(root, seen.dev, seen.ino) and self._parents(batch, root, path, work):
@@ -599,8 +604,10 @@ class Planner:
         if known.kind is FileKind.DIRECTORY:
             self.left_alone.note(known.root, known.path, limits.KEPT_MOUNT if known.rdev else None)
             self._vanish_below(batch, known, work)
+            self._index.put(_without_inode(known))
         elif (found := _copy_excess(root, known, self._clock())) is not None:
             self.left_alone.note(known.root, known.path, f"gone here; the replica's copy {found.text}, and is kept")
+            self._index.put(_without_inode(known))
         return True
 
     def _vanish_below(self, batch: Batch, known: Known, work: Work) -> None:
@@ -1244,6 +1251,11 @@ def _known(seen: Observed, digest: bytes | None, told_ns: int) -> Known:
         digest,
         told_ns,
     )
+
+
+def _without_inode(known: Known) -> Known:
+    """What is kept of something that is gone here: its inode may be that of something else now."""
+    return replace(known, dev=0, ctime_ns=0)
 
 
 def _in_doubt(directory: Known) -> Known:
