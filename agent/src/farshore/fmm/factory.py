@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 from farshore.errors import UsageError
+from farshore.fmm import kernel
 from farshore.fmm.types import Root, Watcher
 from farshore.log import Log
 
@@ -43,33 +43,10 @@ def make_watcher(engine: str, roots: Sequence[Root], *, reads: bool = False, coo
 def _prefers_fanotify(roots: Sequence[Root]) -> bool:
     from farshore.fmm.fanotify import why_not
 
-    most = min(MANY_DIRECTORIES, _watch_limit() // 2)
-    if _directories(roots, most) <= most:
+    most = min(MANY_DIRECTORIES, kernel.most_watches() // 2)
+    if kernel.count_all((root.path for root in roots), most) <= most:
         return False
     reason = why_not(roots)
     if reason:
         _log.info("a large tree is watched by inotify", reason=reason)
     return not reason
-
-
-def _watch_limit() -> int:
-    try:
-        return int(Path("/proc/sys/fs/inotify/max_user_watches").read_bytes())
-    except (OSError, ValueError):
-        return 8192
-
-
-def _directories(roots: Sequence[Root], most: int) -> int:
-    """The number of directories below the roots, or, if there are more, one above ``most``."""
-    found = 0
-    pending = [root.path for root in roots]
-    while pending and found <= most:
-        path = pending.pop()
-        try:
-            with os.scandir(path) as entries:
-                below = [entry.path for entry in entries if entry.is_dir(follow_symlinks=False)]
-        except OSError:
-            continue
-        found += len(below)
-        pending += below
-    return found

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable
+from pathlib import Path
 
+_MOST_WATCHES = Path("/proc/sys/fs/inotify/max_user_watches")
+#: On a machine of the least memory (fs/notify/inotify/inotify_user.c).
+_DEFAULT_WATCHES = 8192
 #: For each directory, so many watches: a tree may double before the limit has to be raised again.
 _SPARE = 2
 
 
-def count_directories(top: bytes) -> int:
+def count_directories(top: bytes, most: float = math.inf) -> int:
     """How many directories there are at and below ``top``, as far as they can be read; 0 when there is none.
 
-    Symbolic links are not followed, but for ``top`` itself; what is mounted below counts, as it is watched.
+    Symbolic links are not followed, but for ``top`` itself; what is mounted below counts, as it is watched. Above
+    ``most`` it does not count on.
     """
     if not os.path.isdir(top):
         return 0
     count = 0
     pending = [top]
-    while pending:
+    while pending and count <= most:
         count += 1
         try:
             with os.scandir(pending.pop()) as entries:
@@ -34,9 +40,20 @@ def watches_for(directories: int) -> int:
     return 1 << max(0, _SPARE * directories - 1).bit_length() if directories else 0
 
 
-def count_all(paths: Iterable[bytes]) -> int:
-    """How many directories there are at and below all ``paths``, which lie apart."""
-    return sum(map(count_directories, paths))
+def count_all(paths: Iterable[bytes], most: float = math.inf) -> int:
+    """How many directories there are at and below ``paths``, which lie apart; above ``most`` it does not count on."""
+    count = 0
+    for path in paths:
+        count += count_directories(path, most - count)
+    return count
+
+
+def most_watches() -> int:
+    """What ``fs.inotify.max_user_watches`` is."""
+    try:
+        return int(_MOST_WATCHES.read_bytes())
+    except (OSError, ValueError):
+        return _DEFAULT_WATCHES
 
 
 def _is_directory(entry: os.DirEntry[bytes]) -> bool:
