@@ -35,7 +35,7 @@ def render(root: Path) -> Render:
         templar = Templar(loader=loader, variables=variables | {"node_groups": {"web": GROUP}} | given)
         # As the module template has it.
         source = (root / "roles" / role / "templates" / template).read_text()
-        rendered: str = templar.template(trust_as_template(source), preserve_trailing_newlines=True, convert_data=False)
+        rendered: str = templar.template(trust_as_template(source), preserve_trailing_newlines=True)
         return rendered
 
     return text

@@ -232,6 +232,22 @@ async def test_other_patterns(following: Pair, first: Side) -> None:
     }  # fmt: skip
 
 
+async def test_a_flush_goes_on_across_a_reload(following: Pair) -> None:
+    await following.remote.stop()
+    (following.local_tree / "b").write_text("2")
+    flushing = asyncio.create_task(following.local.handle(api.Flush(60.0, "web"), LOCAL))
+    sender = web(following)._sender
+    assert sender is not None
+    await until(lambda: sender._wanted > 0, "the flush does not wait")
+    paths = (replace(following.local.config.groups["web"].paths[0], exclude=()),)
+    await reload(following, "local", changed(following, "local", paths=paths))
+    assert not flushing.done()
+    following.remote = Node(following.remote.config)
+    await following.remote.start(None)
+    assert isinstance(await flushing, api.Done)
+    assert (following.remote_tree / "b").read_text() == "2"
+
+
 async def test_another_consistency(following: Pair) -> None:
     await reload(following, "local", changed(following, "local", consistency=Consistency("snapshot", interval=0.2)))
     (following.local_tree / "b").write_text("2")

@@ -34,6 +34,8 @@ _log = Log(__name__)
 _REQUESTS: wire.Codec[api.Request] = wire.Codec(api.Request)
 #: Seconds between an answer and the next request on a connection, and for taking the answer.
 _IDLE_SECONDS = 30.0
+#: Seconds after which a group that is being replaced is asked again.
+_AGAIN_SECONDS = 0.1
 #: Seconds that a reload which is under way may take to end when the daemon does.
 _RELOAD_ENDS_SECONDS = 10.0
 #: Characters of a group's name that are said again.
@@ -140,10 +142,10 @@ class Node:
             group = self._make(name, config)
             try:
                 await group.recover()
-                self.groups[name] = group
                 await group.start()
                 if paused and group.owns:
                     await group.pause()
+                self.groups[name] = group
             except BaseException:
                 await group.stop()
                 raise
@@ -212,7 +214,8 @@ class Node:
                 return api.Done(await self._group(name).thaw(epoch))
             case api.Flush(group=name, timeout=timeout, durable=durable):
                 chosen = self._owned(name)
-                return api.Done("; ".join(await asyncio.gather(*(group.flush(timeout, durable) for group in chosen))))
+                flushes = (self._flush(group.name, timeout, durable) for group in chosen)
+                return api.Done("; ".join(await asyncio.gather(*flushes)))
             case api.Verify(group=name, contents=contents, repair=repair, from_source=from_source, rate=rate):
                 if rate is not None and not 0 <= rate < math.inf:
                     raise UsageError(f"a rate of {rate} bytes/s is not allowed; 0 is unlimited")
@@ -238,6 +241,17 @@ class Node:
                 return api.Done(await self._group(name).reject())
             case _:
                 raise AssertionError(f"{type(request).__name__} is permitted, and nobody carries it out")
+
+    async def _flush(self, name: str, timeout: float, durable: bool) -> str:
+        """As the group's own, across a reload in which it begins anew."""
+        until = time.monotonic() + timeout
+        while True:
+            try:
+                return await self._group(name).flush(max(0.05, until - time.monotonic()), durable)
+            except BeingReplaced:
+                if time.monotonic() >= until:
+                    raise
+                await asyncio.sleep(_AGAIN_SECONDS)
 
     async def status(self, only_for: str | None = None) -> api.NodeStatus:
         """How this node and its groups are; of these, only those of the peer ``only_for``, if given."""

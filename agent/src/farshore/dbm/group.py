@@ -130,6 +130,8 @@ class Group:
         #: Why the configured roots do not count yet.
         self._not_taken_up = ""
         self._change = _Turns(name)
+        #: Set when the group ends.
+        self._over = asyncio.Event()
         self._snapshots = self._make_snapshots()
         self._dirty = DirtySet()
         self._feed: Feed | None = None
@@ -312,9 +314,10 @@ class Group:
         if hurry:
             self._ending.set()
         async with self._change:
+            self._change.ended = True
+            self._over.set()
             await self._stop_source()
             await self._stop_replica()
-            self._change.ended = True
             self._worker.shutdown(wait=True)
             self._snapshots.thread.shutdown(wait=False)
 
@@ -618,8 +621,21 @@ class Group:
     async def flush(self, timeout: float, durable: bool = False) -> str:
         """Return when the other side's tree has all changes made before the call; with ``durable``, its journal does.
 
-        Raises NotOwner, Paused, or NotInTime with what is missing.
+        Raises NotOwner, Paused, NotInTime with what is missing, or BeingReplaced.
         """
+        flushing = asyncio.create_task(self._flush(timeout, durable))
+        over = asyncio.create_task(self._over.wait())
+        try:
+            await asyncio.wait([flushing, over], return_when=asyncio.FIRST_COMPLETED)
+            if not self._over.is_set():
+                return flushing.result()
+        finally:
+            over.cancel()
+            flushing.cancel()
+            await asyncio.gather(flushing, return_exceptions=True)
+        raise BeingReplaced(self.name)
+
+    async def _flush(self, timeout: float, durable: bool) -> str:
         sender, feed = self._sender, self._feed
         if sender is None or feed is None:
             raise NotOwner(self.name, self._record.owner, self.config.side)
