@@ -478,7 +478,11 @@ class FanotifyWatcher:
             limit = _QUEUE_LIMIT.read_text().strip()
         except OSError:
             limit = "unknown"
-        log.warning("event queue overflowed; looking at everything again", limit=limit)
+        log.warning(
+            "event queue overflowed; looking at everything again",
+            limit=limit,
+            remedy="sysctl -w fs.fanotify.max_queued_events=N",
+        )
         self._shut()
         self._open()
         for root in self._roots:

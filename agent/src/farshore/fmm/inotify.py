@@ -479,7 +479,11 @@ class InotifyWatcher:
 
     def _overflow(self) -> None:
         self._overflows += 1
-        log.warning("event queue overflowed; looking at everything again", limit=_limit("max_queued_events"))
+        log.warning(
+            "event queue overflowed; looking at everything again",
+            limit=_limit("max_queued_events"),
+            remedy="sysctl -w fs.inotify.max_queued_events=N",
+        )
         self._shut()
         self._open()
         for root in self._roots:
