@@ -18,17 +18,15 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import os
 import select
-import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from farshore.fmm import fan, mounts
-from farshore.fmm.cookies import Cookies
-from farshore.fmm.errors import WatchError
+from farshore.fmm.engine import Engine
 from farshore.fmm.patterns import STAGING
 from farshore.fmm.protected import (
     GONE,
@@ -39,17 +37,15 @@ from farshore.fmm.protected import (
     RESCAN_INTERVAL,
     ROOT_INTERVAL,
     Protected,
-    check_overlaps,
     show,
 )
 from farshore.fmm.scanner import ABSENT
-from farshore.fmm.types import Counts, Hint, Kind, Root
+from farshore.fmm.types import Kind, Root
 from farshore.log import Log
 
 log = Log(__name__)
 
 _CHUNK = 1 << 18
-_QUEUE_LIMIT = Path("/proc/sys/fs/fanotify/max_queued_events")
 _EVENTS = fan.CREATE | fan.DELETE | fan.RENAME | fan.MODIFY | fan.ATTRIB | fan.CLOSE_WRITE
 _ENTRY = fan.CREATE | fan.DELETE
 # Not O_PATH: handles cannot be opened through such a descriptor.
@@ -154,11 +150,11 @@ class _Mount:
 class _Watched(Protected):
     """A root; ``real`` is its path without links, ``mounts`` what it lies on and what is mounted below it."""
 
-    __slots__ = ("handle", "mounts", "real", "unwatched", "watched")
+    __slots__ = ("handle", "marked", "mounts", "real", "unwatched")
 
     def __init__(self, index: int, root: Root) -> None:
         super().__init__(index, root)
-        self.watched = False
+        self.marked = False
         self.real = b""
         #: Of the directory: its inode's number alone may be that of the next one at its place.
         self.handle = b""
@@ -166,8 +162,12 @@ class _Watched(Protected):
         #: Filesystems below it that cannot be watched, each with the reason.
         self.unwatched: dict[bytes, str] = {}
 
+    @property
+    def watched(self) -> bool:
+        return self.marked
 
-class FanotifyWatcher:
+
+class FanotifyWatcher(Engine[_Watched]):
     """Watches directory trees and single files with fanotify (the Watcher protocol of ``types``).
 
     Hints are as those of the inotify engine. What fanotify cannot tell, so that a periodic scan must: writes through a
@@ -179,6 +179,8 @@ class FanotifyWatcher:
     Raises WatchError for roots that lie in each other and for patterns that are wrong.
     """
 
+    name = "fanotify"
+
     def __init__(
         self,
         roots: Sequence[Root],
@@ -187,137 +189,18 @@ class FanotifyWatcher:
         cookies: Path | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._roots = [_Watched(index, root) for index, root in enumerate(roots)]
+        super().__init__([_Watched(index, root) for index, root in enumerate(roots)], cookies, clock)
         self._mask = _EVENTS | fan.ON_DIRECTORY | (fan.ACCESS if reads else 0)
-        self._clock = clock
-        self._state = "new"
-        self._fd = -1
         self._mount_table = -1
-        self._cookies = Cookies(cookies)
-        self._has_proof = False
-        self._trouble: str | None = None
-        self._problems: tuple[str, ...] = ()
-        self._overflows = 0
-        self._events = 0
-        self._counts = Counts("fanotify")
+        self._mounts_changed = False
         self._mounts: dict[bytes, list[_Mount]] = {}
         #: Descriptors of mounts, held while a buffer of events is worked off: longer, and nobody could unmount them.
         self._open_mounts: dict[bytes, int] = {}
         self._paths: dict[bytes, _Places] = {}
-        self._check_now = False
-        self._mounts_changed = False
-        self._next_check = 0.0
-        self._next_rescan = 0.0
-        self._wake_lock = threading.Lock()
-        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-
-    # The Watcher protocol.
-
-    def start(self) -> Sequence[Hint]:
-        """Begin to watch; returns a RESCAN hint for each root.
-
-        Raises WatchError when a root cannot be watched at all (it does not exist, too), or lies in
-        another one; nothing is held then.
-        """
-        if self._state == "closed":
-            raise ValueError("the watcher is closed")
-        if self._state == "paused":
-            return self.resume()
-        if self._state == "new":
-            check_overlaps(self._roots)
-            self._open()
-            for root in self._roots:
-                if not root.watched:
-                    reason = root.problem or self._trouble or "unknown"
-                    self._shut()
-                    self._trouble = None
-                    self._take()
-                    raise WatchError(root.path, reason)
-            self._state = "running"
-        self._doubt_all()
-        return self._take()
-
-    def read(self, timeout: float) -> Sequence[Hint]:
-        """Hints since the last call; blocks for at most ``timeout`` seconds for the first one."""
-        deadline = self._clock() + timeout
-        over = False
-        while True:
-            running = self._state == "running"
-            if running:
-                self._pump()
-            hints = self._take()
-            now = self._clock()
-            if hints or over or now >= deadline or self._state == "closed":
-                return hints
-            until = min(deadline, self._next_check) if running else deadline
-            ready = self._wait(max(0.0, until - now))
-            over = self._wake_fd in ready or (not ready and until == deadline)
-
-    def drain(self) -> Sequence[Hint]:
-        """Every hint for changes made before the call; returns without waiting for more.
-
-        What cannot be watched at the moment is reported as RESCAN.
-        """
-        if self._state == "running":
-            self._catch_up()
-            self._check_roots()
-            for root in self._roots:
-                if not root.watched:
-                    root.mark(b"", RESCAN)
-            self._doubt_unwatched()
-        return self._take()
-
-    def pause(self) -> None:
-        """Stop watching and give back the kernel's resources. Idempotent."""
-        if self._state == "running":
-            self._shut()
-            self._state = "paused"
-            self._problems = ()
-            self._counts = replace(self._counts, unwatched=0)
-
-    def resume(self) -> Sequence[Hint]:
-        """Watch again; returns RESCAN hints that cover the gap. Idempotent.
-
-        A root that cannot be watched any more is a problem, not an error.
-        """
-        if self._state != "paused":
-            return []
-        self._open()
-        self._state = "running"
-        self._doubt_all()
-        return self._take()
-
-    def wake(self) -> None:
-        """Make a blocked ``read``, or the next one, return at once. Any thread may call it."""
-        with self._wake_lock:
-            if self._wake_fd >= 0:
-                os.eventfd_write(self._wake_fd, 1)
-
-    def close(self) -> None:
-        """Release everything. Idempotent."""
-        self._shut()
-        self._cookies.close()
-        self._state = "closed"
-        with self._wake_lock:
-            if self._wake_fd >= 0:
-                os.close(self._wake_fd)
-                self._wake_fd = -1
-
-    def problems(self) -> Sequence[str]:
-        """What limits the view now, each with its remedy; empty when all is watched.
-
-        As of the end of the last other call; any thread may ask.
-        """
-        return self._problems
-
-    def counts(self) -> Counts:
-        """See Watcher; ``directories`` is 0, as nobody counts them: filesystems are watched."""
-        return self._counts
 
     # Events.
 
     def _pump(self) -> None:
-        """Work off what is queued, up to one buffer, and whatever is due by now."""
         self._read()
         now = self._clock()
         if now >= self._next_check or self._check_now:
@@ -326,33 +209,27 @@ class FanotifyWatcher:
             self._next_rescan = now + RESCAN_INTERVAL
             self._doubt_unwatched()
 
-    def _read(self) -> bool:
-        """Work off one buffer; False when nothing is queued."""
+    def _read(self) -> int:
         if self._fd < 0:
-            return False
+            return 0
         try:
             data = os.read(self._fd, _CHUNK)
         except BlockingIOError:
-            return False
+            return 0
         try:
             self._digest(data)
         finally:
             self._close_mounts()
-        return True
+        return len(data)
 
-    def _catch_up(self) -> None:
-        """Work off what happened before the call: all that is queued, up to a change of our own."""
-        fd = self._fd
-        if fd < 0:
-            return
-        proof = self._has_proof and self._cookies.make()
-        while self._fd == fd and (self._cookies.expected or not proof):
-            if not self._read():
-                if proof:
-                    # Events are queued before the change that they tell of has returned.
-                    log.error("fanotify did not report a change of our own; looking at everything again")
-                    self._overflow()
-                return
+    def _queued(self) -> float:
+        # FIONREAD counts the fixed parts of the events only.
+        return math.inf
+
+    def _settle_all(self) -> None:
+        self._check_roots()
+        self._doubt_lost()
+        self._doubt_unwatched()
 
     def _digest(self, data: bytes) -> None:
         for mask, where, to in fan.events(data):
@@ -472,69 +349,38 @@ class FanotifyWatcher:
         while self._open_mounts:
             os.close(self._open_mounts.popitem()[1])
 
-    def _overflow(self) -> None:
-        self._overflows += 1
-        try:
-            limit = _QUEUE_LIMIT.read_text().strip()
-        except OSError:
-            limit = "unknown"
-        log.warning(
-            "event queue overflowed; looking at everything again",
-            limit=limit,
-            remedy="sysctl -w fs.fanotify.max_queued_events=N",
-        )
-        self._shut()
-        self._open()
-        for root in self._roots:
-            root.marks = {b"": root.marks.get(b"", 0) | RESCAN}
-
-    def _doubt_all(self) -> None:
-        for root in self._roots:
-            root.mark(b"", RESCAN)
-
     def _doubt_unwatched(self) -> None:
         for root in self._roots:
             for path in list(root.unwatched):
                 root.mark(path, RESCAN)
 
-    def _take(self) -> list[Hint]:
-        unwatched = sum(len(root.unwatched) + (not root.watched) for root in self._roots)
-        self._counts = Counts("fanotify", 0, unwatched, self._overflows, self._events)
-        hints: list[Hint] = []
-        for root in self._roots:
-            if root.marks:
-                hints += root.take()
-        return hints
-
     def _wait(self, seconds: float) -> set[int]:
-        """Wait for events, mounts, or ``wake``; the descriptors that are ready."""
-        poll = select.poll()
-        poll.register(self._wake_fd, select.POLLIN)
-        if self._fd >= 0:
-            poll.register(self._fd, select.POLLIN)
-        if self._mount_table >= 0:
-            poll.register(self._mount_table, select.POLLPRI)
-        ready = {fd for fd, _ in poll.poll(seconds * 1000)}
-        if self._wake_fd in ready:
-            with contextlib.suppress(BlockingIOError):
-                os.eventfd_read(self._wake_fd)
+        ready = super()._wait(seconds)
         if self._mount_table in ready:
             # Once told, it is not told again.
             self._mounts_changed = self._check_now = True
         return ready
 
+    def _register(self, poll: select.poll) -> None:
+        if self._mount_table >= 0:
+            poll.register(self._mount_table, select.POLLPRI)
+
+    def _directories(self) -> int:
+        # Nobody counts them: filesystems are watched.
+        return 0
+
     def _look_at_mounts(self) -> None:
         if self._mount_table >= 0:
             poll = select.poll()
-            poll.register(self._mount_table, select.POLLPRI)
+            self._register(poll)
             if poll.poll(0):
                 self._mounts_changed = self._check_now = True
 
     # Roots and filesystems.
 
     def _open(self) -> None:
-        """Make a new group, and mark the filesystems of all roots in it."""
         self._trouble = None
+        self._problems_changed = True
         try:
             self._fd = fan.create()
             if self._mount_table < 0:
@@ -543,7 +389,6 @@ class FanotifyWatcher:
             self._trouble = f"fanotify does not start: {_reason(error)}"
             log.error("fanotify does not start", reason=self._trouble)
             self._shut()
-            self._problems = self._list_problems()
             return
         now = self._clock()
         self._next_check = now + ROOT_INTERVAL
@@ -565,7 +410,6 @@ class FanotifyWatcher:
             log.debug("no proof that all was seen", reason=_reason(error))
 
     def _shut(self) -> None:
-        """Close the group, and with it every mark."""
         for fd in (self._fd, self._mount_table):
             if fd >= 0:
                 os.close(fd)
@@ -576,7 +420,7 @@ class FanotifyWatcher:
         self._paths.clear()
         self._check_now = False
         for root in self._roots:
-            root.watched = False
+            root.marked = False
             root.problem = None
             root.mounts = []
             root.unwatched = {}
@@ -611,7 +455,7 @@ class FanotifyWatcher:
 
     def _check_root(self, root: _Watched, marked: set[int]) -> None:
         if not self._is_in_place(root):
-            root.watched = False
+            root.marked = False
             root.problem = GONE
             log.warning("root is gone", path=root.path)
             root.mark(b"", RESCAN)
@@ -648,7 +492,7 @@ class FanotifyWatcher:
             root.problem = reason
             return
         root.identity = (status.st_dev, status.st_ino)
-        root.watched = True
+        root.marked = True
         root.device = root.device or status.st_dev
         root.problem = None if root.device == status.st_dev else OTHER_FILESYSTEM
 
@@ -707,22 +551,19 @@ class FanotifyWatcher:
         self._mounts = {}
         for mount in self._every_mount():
             self._mounts.setdefault(mount.fsid, []).append(mount)
-        self._problems = self._list_problems()
+        self._problems_changed = True
 
     def _every_mount(self) -> Iterable[_Mount]:
         for root in self._roots:
             if root.watched:
                 yield from root.mounts
 
-    def _list_problems(self) -> tuple[str, ...]:
-        found = [] if self._trouble is None else [self._trouble]
+    def _unwatched_parts(self) -> dict[tuple[int, str], list[bytes]]:
+        reasons: dict[tuple[int, str], list[bytes]] = {}
         for root in self._roots:
-            if root.problem is not None:
-                found.append(f"{show(root.path)}: {root.problem}")
             for path, reason in root.unwatched.items():
-                where = show(os.path.join(root.path, path))
-                found.append(f"{where}: not watched, looked at every {RESCAN_INTERVAL:g} s instead: {reason}")
-        return tuple(found)
+                reasons.setdefault((root.index, reason), []).append(path)
+        return reasons
 
 
 def _top(root: _Watched) -> bytes:

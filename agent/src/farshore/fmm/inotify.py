@@ -26,18 +26,15 @@ import errno
 import fcntl
 import logging
 import os
-import select
 import struct
 import termios
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from farshore.fmm.cookies import Cookies
-from farshore.fmm.errors import WatchError
+from farshore.fmm.engine import Engine
 from farshore.fmm.patterns import STAGING
 from farshore.fmm.protected import (
     GONE,
@@ -48,11 +45,9 @@ from farshore.fmm.protected import (
     RESCAN_INTERVAL,
     ROOT_INTERVAL,
     Protected,
-    check_overlaps,
-    show,
 )
 from farshore.fmm.scanner import ABSENT, open_beneath
-from farshore.fmm.types import Counts, Hint, Kind, Root
+from farshore.fmm.types import Kind, Root
 from farshore.log import Log
 
 with warnings.catch_warnings():
@@ -168,7 +163,7 @@ class _Watched(Protected):
         return self.top is not None or self.parent_wd >= 0
 
 
-class InotifyWatcher:
+class InotifyWatcher(Engine[_Watched]):
     """Watches directory trees and single files with inotify (the Watcher protocol of ``types``).
 
     A hint of MOVED_FROM or DELETED for a directory carries RESCAN, as does each new directory: a
@@ -188,6 +183,8 @@ class InotifyWatcher:
     Raises WatchError for roots that lie in each other and for patterns that are wrong.
     """
 
+    name = "inotify"
+
     def __init__(
         self,
         roots: Sequence[Root],
@@ -196,24 +193,13 @@ class InotifyWatcher:
         cookies: Path | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._roots = [_Watched(index, root) for index, root in enumerate(roots)]
+        super().__init__([_Watched(index, root) for index, root in enumerate(roots)], cookies, clock)
         # A renamed directory can keep its watches as they are only where no pattern could decide
         # otherwise under the new name.
         self._plain = all(root.plain for root in self._roots)
         self._mask = _MASK | (_ACCESS if reads else 0)
-        self._clock = clock
-        self._state = "new"
         self._system: Any = None
-        self._fd = -1
-        self._cookies = Cookies(cookies)
         self._cookie_wd = -1
-        self._trouble: str | None = None
-        self._problems: tuple[str, ...] = ()
-        self._problems_changed = False
-        self._unwatched = 0
-        self._overflows = 0
-        self._events = 0
-        self._counts = Counts("inotify")
         self._nodes: dict[int, _Node] = {}
         self._parents: dict[int, dict[bytes, _Watched]] = {}
         self._generation = 0
@@ -223,135 +209,14 @@ class InotifyWatcher:
         self._unsure: dict[_Node, None] = {}
         #: Directories with subdirectories that cannot be watched.
         self._short: dict[_Node, None] = {}
-        self._check_now = False
         self._exhausted = False
-        self._next_check = 0.0
-        self._next_rescan = 0.0
-        self._wake_lock = threading.Lock()
-        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-
-    # The Watcher protocol.
-
-    def start(self) -> Sequence[Hint]:
-        """Begin to watch; returns a RESCAN hint for each root.
-
-        Raises WatchError when a root cannot be watched at all (it does not exist, too), or lies in
-        another one; nothing is held then.
-        """
-        if self._state == "closed":
-            raise ValueError("the watcher is closed")
-        if self._state == "new":
-            check_overlaps(self._roots)
-            self._open()
-            for root in self._roots:
-                if not root.watched:
-                    reason = root.problem or self._trouble or "unknown"
-                    self._shut()
-                    self._trouble = None
-                    self._take()
-                    raise WatchError(root.path, reason)
-            self._state = "running"
-        elif self._state == "paused":
-            return self.resume()
-        for root in self._roots:
-            root.mark(b"", RESCAN)
-        return self._take()
-
-    def read(self, timeout: float) -> Sequence[Hint]:
-        """Hints since the last call; blocks for at most ``timeout`` seconds for the first one."""
-        deadline = self._clock() + timeout
-        over = False
-        while True:
-            running = self._state == "running"
-            if running:
-                self._pump()
-            hints = self._take()
-            now = self._clock()
-            if hints or over or now >= deadline or self._state == "closed":
-                return hints
-            until = min(deadline, self._next_check) if running else deadline
-            ready = self._wait(max(0.0, until - now))
-            over = self._wake_fd in ready or (not ready and until == deadline)
-
-    def drain(self) -> Sequence[Hint]:
-        """Every hint for changes made before the call; returns without waiting for more.
-
-        What cannot be watched at the moment is reported as RESCAN.
-        """
-        if self._state != "running":
-            return self._take()
-        self._catch_up()
-        self._resolve()
-        self._check_roots()
-        for root in self._roots:
-            if not root.watched:
-                root.mark(b"", RESCAN)
-        for node in self._unsure:
-            owner = self._locate(node)
-            if owner is not None:
-                owner.mark(node.base[:-1], RESCAN)
-        self._retry_unwatched()
-        self._resolve()
-        return self._take()
-
-    def pause(self) -> None:
-        """Stop watching and give back the kernel's resources. Idempotent."""
-        if self._state == "running":
-            self._shut()
-            self._state = "paused"
-            self._problems = ()
-            self._unwatched = 0
-            self._note_counts()
-
-    def resume(self) -> Sequence[Hint]:
-        """Watch again; returns RESCAN hints that cover the gap. Idempotent.
-
-        A root that cannot be watched any more is a problem, not an error.
-        """
-        if self._state != "paused":
-            return []
-        self._open()
-        self._state = "running"
-        for root in self._roots:
-            root.mark(b"", RESCAN)
-        return self._take()
-
-    def wake(self) -> None:
-        """Make a blocked ``read``, or the next one, return at once. Any thread may call it."""
-        with self._wake_lock:
-            if self._wake_fd >= 0:
-                os.eventfd_write(self._wake_fd, 1)
-
-    def close(self) -> None:
-        """Release everything. Idempotent."""
-        self._shut()
-        self._cookies.close()
-        self._state = "closed"
-        with self._wake_lock:
-            if self._wake_fd >= 0:
-                os.close(self._wake_fd)
-                self._wake_fd = -1
-
-    def problems(self) -> Sequence[str]:
-        """What limits the view now, each with its remedy; empty when all is watched.
-
-        As of the end of the last other call; any thread may ask.
-        """
-        return self._problems
-
-    def counts(self) -> Counts:
-        """See Watcher."""
-        return self._counts
 
     # Events.
 
     def _pump(self) -> None:
-        """Work off what is queued, up to one buffer, and whatever is due by now."""
-        if self._fd >= 0:
-            with contextlib.suppress(BlockingIOError):
-                self._digest(os.read(self._fd, _CHUNK))
-            if self._unsure and not self._queued():
-                self._resolve()
+        self._read()
+        if self._unsure and not self._queued():
+            self._resolve()
         now = self._clock()
         if now >= self._next_check or self._check_now:
             self._next_check = now + ROOT_INTERVAL
@@ -362,24 +227,26 @@ class InotifyWatcher:
             self._next_rescan = now + RESCAN_INTERVAL
             self._retry_unwatched()
 
-    def _catch_up(self) -> None:
-        """Work off what happened before the call: all that is queued, up to a change of our own."""
-        fd = self._fd
-        if fd < 0:
-            return
-        proof = self._cookie_wd >= 0 and self._cookies.make()
-        left = self._queued()
-        while self._fd == fd and (self._cookies.expected if proof else left > 0):
-            try:
-                data = os.read(fd, _CHUNK)
-            except BlockingIOError:
-                if proof:
-                    # Events are queued before the change that they tell of has returned.
-                    log.error("inotify did not report a change of our own; looking at everything again")
-                    self._overflow()
-                return
-            left -= len(data)
-            self._digest(data)
+    def _read(self) -> int:
+        if self._fd < 0:
+            return 0
+        try:
+            data = os.read(self._fd, _CHUNK)
+        except BlockingIOError:
+            return 0
+        self._digest(data)
+        return len(data)
+
+    def _settle_all(self) -> None:
+        self._resolve()
+        self._check_roots()
+        self._doubt_lost()
+        for node in self._unsure:
+            owner = self._locate(node)
+            if owner is not None:
+                owner.mark(node.base[:-1], RESCAN)
+        self._retry_unwatched()
+        self._resolve()
 
     def _queued(self) -> int:
         if self._fd < 0:
@@ -477,46 +344,8 @@ class InotifyWatcher:
                 owner.mark(node.base[:-1], RESCAN)
             self._unsure[node.parent] = None
 
-    def _overflow(self) -> None:
-        self._overflows += 1
-        log.warning(
-            "event queue overflowed; looking at everything again",
-            limit=_limit("max_queued_events"),
-            remedy="sysctl -w fs.inotify.max_queued_events=N",
-        )
-        self._shut()
-        self._open()
-        for root in self._roots:
-            root.marks = {b"": root.marks.get(b"", 0) | RESCAN}
-
-    def _take(self) -> list[Hint]:
-        if self._problems_changed:
-            self._problems_changed = False
-            self._problems = self._list_problems()
-            self._unwatched = sum(len(node.unwatched or ()) for node in self._short)
-            self._unwatched += sum(not root.watched for root in self._roots)
-        self._note_counts()
-        hints: list[Hint] = []
-        for root in self._roots:
-            if root.marks:
-                hints += root.take()
-        return hints
-
-    def _note_counts(self) -> None:
-        directories = len(self._nodes) + len(self._parents.keys() - self._nodes.keys())
-        self._counts = Counts("inotify", directories, self._unwatched, self._overflows, self._events)
-
-    def _wait(self, seconds: float) -> set[int]:
-        """Wait for events or for ``wake``; the descriptors that are ready."""
-        poll = select.poll()
-        poll.register(self._wake_fd, select.POLLIN)
-        if self._fd >= 0:
-            poll.register(self._fd, select.POLLIN)
-        ready = {fd for fd, _ in poll.poll(seconds * 1000)}
-        if self._wake_fd in ready:
-            with contextlib.suppress(BlockingIOError):
-                os.eventfd_read(self._wake_fd)
-        return ready
+    def _directories(self) -> int:
+        return len(self._nodes) + len(self._parents.keys() - self._nodes.keys())
 
     # The map of watches.
 
@@ -844,22 +673,14 @@ class InotifyWatcher:
 
     # Roots.
 
-    def _list_problems(self) -> tuple[str, ...]:
-        found = [] if self._trouble is None else [self._trouble]
-        for root in self._roots:
-            if root.problem is not None:
-                found.append(f"{show(root.path)}: {root.problem}")
+    def _unwatched_parts(self) -> dict[tuple[int, str], list[bytes]]:
         reasons: dict[tuple[int, str], list[bytes]] = {}
         for node in self._short:
             owner = self._locate(node)
             if owner is not None:
                 for name, reason in (node.unwatched or {}).items():
                     reasons.setdefault((owner.index, reason), []).append(node.base + name)
-        for (index, reason), paths in reasons.items():
-            first = show(os.path.join(self._roots[index].path, min(paths)))
-            what = first if len(paths) == 1 else f"{first} and {len(paths) - 1} more directories"
-            found.append(f"{what}: not watched, looked at every {RESCAN_INTERVAL:g} s instead: {reason}")
-        return tuple(found)
+        return reasons
 
     def _check_roots(self) -> None:
         self._check_now = False
@@ -949,7 +770,6 @@ class InotifyWatcher:
     # The kernel.
 
     def _open(self) -> None:
-        """Make a new inotify instance and watch every root with it."""
         self._trouble = None
         self._problems_changed = True
         try:
@@ -966,7 +786,7 @@ class InotifyWatcher:
         except OSError as error:
             self._trouble = f"inotify does not start: {error.strerror}"
             if error.errno == errno.EMFILE:
-                limit = _limit("max_user_instances")
+                limit = self._limit("max_user_instances")
                 self._trouble += (
                     f"; the limit on instances may be reached ({limit}); raise it: "
                     f"sysctl -w fs.inotify.max_user_instances={(limit or 128) * 4}"
@@ -986,17 +806,18 @@ class InotifyWatcher:
 
     def _watch_cookies(self) -> None:
         self._cookie_wd = -1
+        self._has_proof = False
         if not self._cookies.prepare():
             return
         with contextlib.suppress(OSError):
             fd = os.open(self._cookies.path, _OPEN)
             try:
                 self._cookie_wd = self._add_watch(fd)
+                self._has_proof = True
             finally:
                 os.close(fd)
 
     def _shut(self) -> None:
-        """Close the inotify instance, and with it every watch."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -1036,14 +857,5 @@ class InotifyWatcher:
         remedy = _REMEDIES.get(error.errno or 0)
         if remedy is None:
             return error.strerror or str(error)
-        watches = _limit("max_user_watches")
+        watches = self._limit("max_user_watches")
         return remedy.format(watches=watches, more=max(524288, 4 * (watches or 0)))
-
-
-def _limit(name: str) -> int | None:
-    """One of the kernel's limits in /proc/sys/fs/inotify."""
-    try:
-        value: int = getattr(pyinotify, name).value
-    except (OSError, ValueError):
-        return None
-    return value

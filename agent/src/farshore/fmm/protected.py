@@ -75,6 +75,11 @@ class Protected:
         self.rescan_at = 0.0
         self.marks: dict[bytes, int] = {}
 
+    @property
+    def watched(self) -> bool:
+        """Whether it is watched now, at least in part."""
+        raise NotImplementedError
+
     def mark(self, path: bytes, bits: int) -> None:
         """Something happened at ``path``."""
         self.marks[path] = self.marks.get(path, 0) | bits

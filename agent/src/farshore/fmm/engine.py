@@ -1,0 +1,280 @@
+"""What both engines have in common: the life of a watcher, and the proof that it has seen everything."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import ClassVar, Generic, TypeVar
+
+from farshore.fmm.cookies import Cookies
+from farshore.fmm.errors import WatchError
+from farshore.fmm.protected import RESCAN, RESCAN_INTERVAL, Protected, check_overlaps, show
+from farshore.fmm.types import Counts, Hint
+from farshore.log import Log
+
+_log = Log(__name__)
+_LIMITS = Path("/proc/sys/fs")
+
+R = TypeVar("R", bound=Protected)
+
+
+class Engine(ABC, Generic[R]):
+    """A Watcher (see ``types``) but for how the kernel is asked. ``clock`` is a monotonic clock."""
+
+    #: How a configuration and a status call it; also of its limits in /proc/sys/fs.
+    name: ClassVar[str]
+
+    def __init__(self, roots: list[R], cookies: Path | None, clock: Callable[[], float]) -> None:
+        self._roots = roots
+        self._clock = clock
+        self._state = "new"
+        #: What the kernel's events are read from, -1 while nothing is watched.
+        self._fd = -1
+        self._cookies = Cookies(cookies)
+        #: Whether changes of our own would be told of.
+        self._has_proof = False
+        self._trouble: str | None = None
+        self._problems: tuple[str, ...] = ()
+        self._problems_changed = False
+        self._unwatched = 0
+        self._overflows = 0
+        self._events = 0
+        self._counts = Counts(self.name)
+        self._check_now = False
+        self._next_check = 0.0
+        self._next_rescan = 0.0
+        self._wake_lock = threading.Lock()
+        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+
+    # The Watcher protocol.
+
+    def start(self) -> Sequence[Hint]:
+        """Begin to watch; returns a RESCAN hint for each root.
+
+        Raises WatchError when a root cannot be watched at all (it does not exist, too), or lies in
+        another one; nothing is held then.
+        """
+        if self._state == "closed":
+            raise ValueError("the watcher is closed")
+        if self._state == "paused":
+            return self.resume()
+        if self._state == "new":
+            check_overlaps(self._roots)
+            self._open()
+            for root in self._roots:
+                if not root.watched:
+                    reason = root.problem or self._trouble or "unknown"
+                    self._shut()
+                    self._trouble = None
+                    self._take()
+                    raise WatchError(root.path, reason)
+            self._state = "running"
+        self._doubt_all()
+        return self._take()
+
+    def read(self, timeout: float) -> Sequence[Hint]:
+        """Hints since the last call; blocks for at most ``timeout`` seconds for the first one."""
+        deadline = self._clock() + timeout
+        over = False
+        while True:
+            running = self._state == "running"
+            if running:
+                self._pump()
+            hints = self._take()
+            now = self._clock()
+            if hints or over or now >= deadline or self._state == "closed":
+                return hints
+            until = min(deadline, self._next_check) if running else deadline
+            ready = self._wait(max(0.0, until - now))
+            over = self._wake_fd in ready or (not ready and until == deadline)
+
+    def drain(self) -> Sequence[Hint]:
+        """Every hint for changes made before the call; returns without waiting for more.
+
+        What cannot be watched at the moment is reported as RESCAN.
+        """
+        if self._state == "running":
+            self._catch_up()
+            self._settle_all()
+        return self._take()
+
+    def pause(self) -> None:
+        """Stop watching and give back the kernel's resources. Idempotent."""
+        if self._state == "running":
+            self._shut()
+            self._state = "paused"
+            self._problems = ()
+            self._unwatched = 0
+            self._note_counts()
+
+    def resume(self) -> Sequence[Hint]:
+        """Watch again; returns RESCAN hints that cover the gap. Idempotent.
+
+        A root that cannot be watched any more is a problem, not an error.
+        """
+        if self._state != "paused":
+            return []
+        self._open()
+        self._state = "running"
+        self._doubt_all()
+        return self._take()
+
+    def wake(self) -> None:
+        """Make a blocked ``read``, or the next one, return at once. Any thread may call it."""
+        with self._wake_lock:
+            if self._wake_fd >= 0:
+                os.eventfd_write(self._wake_fd, 1)
+
+    def close(self) -> None:
+        """Release everything. Idempotent."""
+        self._shut()
+        self._cookies.close()
+        self._state = "closed"
+        with self._wake_lock:
+            if self._wake_fd >= 0:
+                os.close(self._wake_fd)
+                self._wake_fd = -1
+
+    def problems(self) -> Sequence[str]:
+        """What limits the view now, each with its remedy; empty when all is watched.
+
+        As of the end of the last other call; any thread may ask.
+        """
+        return self._problems
+
+    def counts(self) -> Counts:
+        """See Watcher."""
+        return self._counts
+
+    # What an engine does its own way.
+
+    @abstractmethod
+    def _open(self) -> None:
+        """Begin to be told, and watch every root; what stands in the way is trouble, or a problem of a root."""
+
+    @abstractmethod
+    def _shut(self) -> None:
+        """Stop being told, and forget all that is watched. Idempotent."""
+
+    @abstractmethod
+    def _pump(self) -> None:
+        """Work off what is queued, up to one buffer, and whatever is due by now."""
+
+    @abstractmethod
+    def _read(self) -> int:
+        """Work off one buffer; returns its bytes, 0 when nothing is queued."""
+
+    @abstractmethod
+    def _queued(self) -> float:
+        """The bytes that are queued, infinite if that is not known."""
+
+    @abstractmethod
+    def _settle_all(self) -> None:
+        """Look at all that is in doubt, and report what is not watched."""
+
+    @abstractmethod
+    def _unwatched_parts(self) -> dict[tuple[int, str], list[bytes]]:
+        """What below the roots cannot be watched: paths, by the number of the root and the reason."""
+
+    @abstractmethod
+    def _directories(self) -> int:
+        """How many directories are watched."""
+
+    # What they share.
+
+    def _catch_up(self) -> None:
+        """Work off what happened before the call: all that is queued, up to a change of our own."""
+        fd = self._fd
+        if fd < 0:
+            return
+        proof = self._has_proof and self._cookies.make()
+        left = self._queued()
+        while self._fd == fd and (self._cookies.expected if proof else left > 0):
+            size = self._read()
+            if not size:
+                if proof:
+                    # Events are queued before the change that they tell of has returned.
+                    _log.error("a change of our own was not told of; looking at everything again", engine=self.name)
+                    self._begin_again()
+                return
+            left -= size
+
+    def _overflow(self) -> None:
+        """Events were lost, and with them what was known of the tree."""
+        self._overflows += 1
+        _log.warning(
+            "event queue overflowed; looking at everything again",
+            limit=self._limit("max_queued_events"),
+            remedy=f"sysctl -w fs.{self.name}.max_queued_events=N",
+        )
+        self._begin_again()
+
+    def _begin_again(self) -> None:
+        self._shut()
+        self._open()
+        for root in self._roots:
+            root.marks = {b"": root.marks.get(b"", 0) | RESCAN}
+
+    def _doubt_all(self) -> None:
+        for root in self._roots:
+            root.mark(b"", RESCAN)
+
+    def _doubt_lost(self) -> None:
+        for root in self._roots:
+            if not root.watched:
+                root.mark(b"", RESCAN)
+
+    def _take(self) -> list[Hint]:
+        if self._problems_changed:
+            self._problems_changed = False
+            parts = self._unwatched_parts()
+            self._problems = self._list_problems(parts)
+            self._unwatched = sum(map(len, parts.values())) + sum(not root.watched for root in self._roots)
+        self._note_counts()
+        hints: list[Hint] = []
+        for root in self._roots:
+            if root.marks:
+                hints += root.take()
+        return hints
+
+    def _note_counts(self) -> None:
+        self._counts = Counts(self.name, self._directories(), self._unwatched, self._overflows, self._events)
+
+    def _list_problems(self, parts: dict[tuple[int, str], list[bytes]]) -> tuple[str, ...]:
+        found = [] if self._trouble is None else [self._trouble]
+        for root in self._roots:
+            if root.problem is not None:
+                found.append(f"{show(root.path)}: {root.problem}")
+        for (index, reason), paths in parts.items():
+            first = show(os.path.join(self._roots[index].path, min(paths)))
+            what = first if len(paths) == 1 else f"{first} and {len(paths) - 1} more directories"
+            found.append(f"{what}: not watched, looked at every {RESCAN_INTERVAL:g} s instead: {reason}")
+        return tuple(found)
+
+    def _wait(self, seconds: float) -> set[int]:
+        """Wait for events or for ``wake``; the descriptors that are ready."""
+        poll = select.poll()
+        poll.register(self._wake_fd, select.POLLIN)
+        if self._fd >= 0:
+            poll.register(self._fd, select.POLLIN)
+        self._register(poll)
+        ready = {fd for fd, _ in poll.poll(seconds * 1000)}
+        if self._wake_fd in ready:
+            with contextlib.suppress(BlockingIOError):
+                os.eventfd_read(self._wake_fd)
+        return ready
+
+    def _register(self, poll: select.poll) -> None:
+        """Whatever else may end a wait."""
+
+    def _limit(self, name: str) -> int | None:
+        """One of the kernel's limits of the engine."""
+        try:
+            return int((_LIMITS / self.name / name).read_bytes())
+        except (OSError, ValueError):
+            return None
