@@ -297,13 +297,14 @@ def _peers(config: NodeConfig) -> list[str]:
     return [group.peer.address for group in config.groups.values()]
 
 
-async def run(config: NodeConfig, path: Path) -> None:
-    """Run a node until SIGTERM or SIGINT; SIGHUP has it read its configuration at ``path`` anew."""
+async def run(config: NodeConfig, path: Path | None = None) -> None:
+    """Run a node until SIGTERM or SIGINT; SIGHUP has it read its configuration at ``path``, if given, anew."""
     stop, again = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    loop.add_signal_handler(signal.SIGHUP, again.set)
+    if path is not None:
+        loop.add_signal_handler(signal.SIGHUP, again.set)
     # Compile or load the kernels before anybody waits for them.
     from farshore import delta
     from farshore.fmm import sums
@@ -315,7 +316,7 @@ async def run(config: NodeConfig, path: Path) -> None:
     await node.start(config.runtime_dir / client.NODE_SOCKET)
     notify.ready(_summary(node))
     interval = notify.watchdog_interval()
-    reloads = asyncio.create_task(_reload_when_told(node, path, again), name="reload")
+    reloads = asyncio.create_task(_reload_when_told(node, path or Path(), again), name="reload")
     try:
         while not stop.is_set():
             notify.watchdog()
