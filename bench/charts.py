@@ -271,10 +271,34 @@ def _of_row(row: Mapping[str, Any]) -> dict[str, str]:
         words = "Share of changes on the replica within a time, above half the round trip; further left is better."
         series = {name: each for name, each in row["series"]["latency ms"].items() if each}
         return {"row-7": curves(_title(row), words, series, marks)}
-    if number == 13 and medians:
-        items = [b for name, each in medians.items() if (b := _bar(name, each, "MB/s", 1.0)) is not None]
-        return {"row-13": bars(_title(row), "MB/s through the same tunnel; longer is better.", items, "MB/s")}
+    if number == 8 and any(row["series"].get("latency ms", {}).values()):
+        held = [(ms, 99.0, f"{words} {bound}") for ms, words, bound in _HELD]
+        words = (
+            "Share of the changes that were seen, within a time; further left is better. What never came is not in it."
+        )
+        return {"row-8": curves(_title(row), words, row["series"]["latency ms"], held)}
+    for each, (key, unit, words) in _OTHERS.items():
+        if number == each and medians:
+            items = [b for name, found in medians.items() if (b := _bar(name, found, key, 1.0)) is not None]
+            return {f"row-{number}": bars(_title(row), words, items, unit)} if items else {}
     return {}
+
+
+#: Bounds of row 8: milliseconds, of what, which.
+_HELD = (
+    (100.0, "appended", "stretch"),
+    (1000.0, "appended", "must"),
+    (5000.0, "mapped", "stretch"),
+    (30_000.0, "mapped", "must"),
+)
+
+#: What the bars of other rows are: a figure of the samples, its unit, and words.
+_OTHERS = {
+    9: ("MB (PSS)", "MB", "Memory of the processes on the source, at rest; shorter is better."),
+    10: ("seconds", "s", "Seconds until all was looked at; shorter is better. Thin lines: least and most."),
+    11: ("s until the same", "s", "Seconds from the last change until both trees are the same; shorter is better."),
+    13: ("MB/s", "MB/s", "MB/s through the same tunnel; longer is better."),
+}
 
 
 def _title(row: Mapping[str, Any]) -> str:

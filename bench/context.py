@@ -102,20 +102,27 @@ class Field:
 
 
 @contextlib.contextmanager
-def field_of_play(context: Context, source_size: int, target_size: int, target: Path | None = None) -> Iterator[Field]:
-    """A source on XFS in memory, and a target there, too, or in a fresh directory below `target`."""
+def field_of_play(
+    context: Context, source_size: int, target_size: int, target: Path | None = None, *, block: int = 4096
+) -> Iterator[Field]:
+    """A source on XFS in memory, with blocks of `block` bytes, and a target there, too, or in a fresh directory below
+    `target`.
+    """
     with contextlib.ExitStack() as stack:
-        source = stack.enter_context(disk.xfs("source", source_size))
+        source = stack.enter_context(disk.xfs("source", source_size, block))
         if target is None:
-            place = stack.enter_context(disk.xfs("target", target_size))
+            place = stack.enter_context(disk.xfs("target", target_size, block))
         else:
             place = stack.enter_context(disk.directory(target))
         yield Field(source, place)
 
 
-def our_pair(context: Context, field: Field, name: str = "ours", *, relay: bool = False) -> Pair:
-    """Two nodes whose trees are ``NAME`` on both sides of the field; their logs are kept in the output."""
+def our_pair(context: Context, field: Field, name: str = "ours", *, relay: bool = False, engine: str = "auto") -> Pair:
+    """Two nodes whose trees are ``NAME`` on both sides of the field; their logs are kept in the output.
+
+    `engine`: what the source watches with.
+    """
     logs = context.logs / name
     shutil.rmtree(logs, ignore_errors=True)
     states = (field.source / f"{name}-state", field.target / f"{name}-state")
-    return Pair(field.source / name, field.target / name, *states, logs, relay=relay)
+    return Pair(field.source / name, field.target / name, *states, logs, relay=relay, engine=engine)

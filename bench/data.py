@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
 from pathlib import Path
@@ -100,3 +101,55 @@ class Counter:
                 return False
             del self._wanted[name]
         return True
+
+
+#: Directories of a forest that lie in one, and files that lie in a directory.
+BRANCH = 100
+LEAVES = 10
+#: Parts of a forest, ``p0`` to ``p9``, of equal size.
+PARTS = 10
+
+
+def forest(place: Path, files: int, size: int, workers: int = 2) -> None:
+    """Make a tree of `files` small files, ten in each directory, as wide as it is deep; durable when synced.
+
+    ``pN/mNNNN/dNN/fN``: the directories of a part are filled one after the other, by `workers` processes.
+    """
+    place.mkdir(parents=True)
+    directories = max(PARTS, files // LEAVES)
+    shares = [range(part, PARTS, workers) for part in range(workers)]
+    context = multiprocessing.get_context("fork")
+    children = [context.Process(target=_grow, args=(place, each, directories, size), daemon=True) for each in shares]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+    if failed := [child.exitcode for child in children if child.exitcode]:
+        raise OSError(f"the tree {place} could not be made: {failed}")
+
+
+def _grow(place: Path, parts: range, directories: int, size: int) -> None:
+    noise = os.urandom(_PIECE + size)
+    for part in parts:
+        first, end = directories * part // PARTS, directories * (part + 1) // PARTS
+        for number in range(end - first):
+            branch, leaf = divmod(number, BRANCH)
+            below = place / f"p{part}" / f"m{branch:04d}" / f"d{leaf:02d}"
+            below.mkdir(parents=leaf == 0)
+            handle = os.open(below, os.O_PATH)
+            try:
+                for file in range(LEAVES):
+                    at = ((first + number) * LEAVES + file) * 61 % _PIECE
+                    one = os.open(f"f{file}", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644, dir_fd=handle)
+                    os.write(one, noise[at : at + size])
+                    os.close(one)
+            finally:
+                os.close(handle)
+
+
+def count_tree(place: Path) -> int:
+    """Files of a tree of any depth."""
+    total = 0
+    for _, _, files in os.walk(place):
+        total += len(files)
+    return total

@@ -16,8 +16,8 @@ _LEAST = 512 << 20
 
 
 @contextlib.contextmanager
-def xfs(name: str, size: int) -> Iterator[Path]:
-    """A fresh XFS of `size` bytes, mounted where only this process and its children see it.
+def xfs(name: str, size: int, block: int = 4096) -> Iterator[Path]:
+    """A fresh XFS of `size` bytes, in blocks of `block` bytes, mounted where only this process and its children see it.
 
     The image's name is gone as soon as it is mounted, and the mount with the last process: whatever the harness dies
     of, nothing stays.
@@ -33,7 +33,7 @@ def xfs(name: str, size: int) -> Iterator[Path]:
     place = Path(tempfile.mkdtemp(prefix=f"farshore-bench-{name}-"))
     try:
         os.truncate(handle, size)
-        run(["mkfs.xfs", "-q", "-m", "reflink=1,crc=1", image])
+        run(["mkfs.xfs", "-q", "-m", "reflink=1,crc=1", "-b", f"size={block}", image])
         run(["mount", "-o", "loop", image, str(place)])
     except BaseException:
         place.rmdir()

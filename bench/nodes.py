@@ -52,7 +52,7 @@ class Pair:
     """A source and a replica in step. Use as a context manager; both are ended and awaited at its end.
 
     `wrapper`: words that start the node instead of ``farshore-node``; `samples`: with ``{}`` for the node's name, their
-    first argument.
+    first argument. `engine`: what the source watches with.
     """
 
     def __init__(
@@ -66,6 +66,7 @@ class Pair:
         relay: bool = False,
         wrapper: Sequence[str] = (),
         samples: str = "",
+        engine: str = "auto",
     ) -> None:
         self.source = source
         self.replica = replica
@@ -73,9 +74,11 @@ class Pair:
         self._logs = logs
         self._wrapper = list(wrapper) or [str(Path(sys.executable).with_name("farshore-node"))]
         self._samples = samples
+        self._engine = engine
         self._with_relay = relay
         self.relay: WanRelay | None = None
         self.daemons: dict[str, Daemon] = {}
+        self._ports: dict[str, int] = {}
         self._port = 0
 
     def __enter__(self) -> Pair:
@@ -97,43 +100,70 @@ class Pair:
             state.mkdir(parents=True, exist_ok=True, mode=0o700)
         keys = self._states["source"] / "pki"
         make_keys(keys, ("source", "replica"))
-        ports = {"source": free_port(), "replica": free_port()}
-        self._port = ports["replica"]
+        self._ports = {"source": free_port(), "replica": free_port()}
+        self._port = self._ports["replica"]
         if self._with_relay:
             self.relay = WanRelay(self._port, self._logs / "relay.log")
             self._port = self.relay.port
-        reached = {"source": ports["source"], "replica": self._port}
-        for name, peer, tree in (("replica", "source", self.replica), ("source", "replica", self.source)):
-            state = self._states[name]
-            config = {
-                "node": name,
-                "listen": {"address": _HOST, "port": ports[name]},
-                "tls": {
-                    "ca": str(keys / "ca.crt"),
-                    "certificate": str(keys / f"{name}.crt"),
-                    "key": str(keys / f"{name}.key"),
-                },
-                "state_dir": str(state / "state"),
-                "runtime_dir": str(state / "run"),
-                "groups": {
-                    GROUP: {
-                        "side": "local" if name == "source" else "remote",
-                        "peer": {"node": peer, "address": _HOST, "port": reached[peer]},
-                        "paths": [{"source": "/bench", "path": str(tree)}],
-                        # It judges, and costs what it costs, but what a row removes afterwards is not held.
-                        "brake": {"mode": "warn"},
-                    }
-                },
-            }
-            file = state / "node.yml"
-            file.write_text(yaml.safe_dump(config), encoding="utf-8")
-            log = self._logs / f"{name}.log"
-            sampled = [self._samples.format(name)] if self._samples else []
-            self.daemons[name] = Daemon([*self._wrapper, *sampled, "--config", str(file)], log)
+        for name in ("replica", "source"):
+            self._launch(name)
             wait_until(lambda name=name: self._ready(name), f"farshore-node {name}", timeout=120)  # type: ignore[misc]
         for name in ("replica", "source"):
             self._ask(name, api.SetOwner(GROUP, "local", 1, False), 60)
         self.flush()
+
+    def _launch(self, name: str) -> None:
+        """Start a node's process by a configuration that is written now."""
+        file = self._states[name] / "node.yml"
+        file.write_text(yaml.safe_dump(self._config(name)), encoding="utf-8")
+        sampled = [self._samples.format(name)] if self._samples else []
+        words = [*self._wrapper, *sampled, "--config", str(file)]
+        self.daemons[name] = Daemon(words, self.log(name))
+
+    def _config(self, name: str) -> dict[str, object]:
+        source = name == "source"
+        peer, tree = ("replica", self.source) if source else ("source", self.replica)
+        keys, state = self._states["source"] / "pki", self._states[name]
+        group: dict[str, object] = {
+            "side": "local" if source else "remote",
+            "peer": {"node": peer, "address": _HOST, "port": self._port if source else self._ports[peer]},
+            "paths": [{"source": "/bench", "path": str(tree)}],
+            # It judges, and costs what it costs, but what a row removes afterwards is not held.
+            "brake": {"mode": "warn"},
+        }
+        if source and self._engine != "auto":
+            group["watch"] = {"engine": self._engine}
+        return {
+            "node": name,
+            "listen": {"address": _HOST, "port": self._ports[name]},
+            "tls": {
+                "ca": str(keys / "ca.crt"),
+                "certificate": str(keys / f"{name}.crt"),
+                "key": str(keys / f"{name}.key"),
+            },
+            "state_dir": str(state / "state"),
+            "runtime_dir": str(state / "run"),
+            "groups": {GROUP: group},
+        }
+
+    def log(self, name: str) -> Path:
+        """Where what a node says is written."""
+        return self._logs / f"{name}.log"
+
+    def restart(self, engine: str, timeout: float = _LONGEST) -> Sample:
+        """End the source in good order and start it again with that engine, until it is in step and has seen all.
+
+        The clock starts with its process. CPU is that of both nodes.
+        """
+        self.daemons.pop("source").stop(60)
+        self._engine = engine
+        cpu = self.daemons["replica"].cpu()
+        began = time.monotonic()
+        self._launch("source")
+        wait_until(lambda: self._ready("source"), "farshore-node source", timeout=120)
+        self.flush(timeout)
+        seconds = time.monotonic() - began
+        return Sample(seconds, self.cpu() - cpu)
 
     def _ready(self, name: str) -> bool:
         self.daemons[name].check()

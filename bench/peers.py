@@ -80,9 +80,22 @@ def rsync_daemon(tree: Path, work: Path, *, address: str = "127.0.0.1", enter: S
 
 
 class Lsyncd:
-    """lsyncd with rsync on this machine, without compression; the tree may be empty when it starts."""
+    """lsyncd with rsync on this machine, without compression; the tree may be empty when it starts.
 
-    def __init__(self, source: Path, target: Path, work: Path, delay: int | None) -> None:
+    `delay` None: its own of 15 s. `on`: what it takes for a change (``inotifyMode``). `patience`: seconds for its first
+    sync.
+    """
+
+    def __init__(
+        self,
+        source: Path,
+        target: Path,
+        work: Path,
+        delay: int | None,
+        *,
+        on: str = "CloseWrite",
+        patience: float = 120.0,
+    ) -> None:
         need("lsyncd", "rsync")
         work.mkdir(parents=True, exist_ok=True)
         target.mkdir(parents=True, exist_ok=True)
@@ -90,7 +103,7 @@ class Lsyncd:
         status = work / "status"
         waits = "" if delay is None else f"delay = {delay},"
         config.write_text(
-            f"settings {{ nodaemon = true, statusFile = {_lua(status)}, statusInterval = 1 }}\n"
+            f'settings {{ nodaemon = true, statusFile = {_lua(status)}, statusInterval = 1, inotifyMode = "{on}" }}\n'
             f"sync {{ default.rsync, source = {_lua(source)}, target = {_lua(target)}, {waits}\n"
             "  rsync = { archive = true, compress = false, whole_file = true } }\n",
             encoding="utf-8",
@@ -101,7 +114,7 @@ class Lsyncd:
         self._daemon = Daemon(["lsyncd", "-log", "Normal", str(config)], log)
         self._log = log
         try:
-            wait_until(self._started, "lsyncd's first sync", timeout=120)
+            wait_until(self._started, "lsyncd's first sync", timeout=patience)
         except BaseException:
             self.stop()
             raise
@@ -109,6 +122,11 @@ class Lsyncd:
     def _started(self) -> bool:
         self._daemon.check()
         return "Startup of" in (text := self._log.read_text(errors="replace")) and "finished" in text
+
+    @property
+    def source(self) -> Daemon:
+        """The process that watches the source."""
+        return self._daemon
 
     def cpu(self) -> float:
         """CPU seconds so far, those of the rsyncs that have ended included."""
@@ -124,9 +142,14 @@ def _lua(path: Path) -> str:
 
 
 class Syncthing:
-    """Two syncthings on the loopback with one folder, and without anything that looks for others or phones home."""
+    """Two syncthings on the loopback with one folder, and without anything that looks for others or phones home.
 
-    def __init__(self, source: Path, target: Path, work: Path, watch_delay: float = 1.0) -> None:
+    `watch_delay`: how long it gathers changes (10 s by default). `patience`: seconds until its first file has arrived.
+    """
+
+    def __init__(
+        self, source: Path, target: Path, work: Path, watch_delay: float = 1.0, *, patience: float = 120.0
+    ) -> None:
         need("syncthing")
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
@@ -149,14 +172,14 @@ class Syncthing:
             words = ["syncthing", "serve", f"--home={home}", "--no-browser", "--no-restart", "--logflags=0"]
             self._daemons.append(Daemon(words, work / f"{home.name}.log", env=offline))
         self.target = target
-        self._probe(source, target)
+        self._probe(source, target, patience)
 
-    def _probe(self, source: Path, target: Path) -> None:
+    def _probe(self, source: Path, target: Path, patience: float) -> None:
         """A file that has arrived says that both are up and connected."""
         probe = source / "probe"
         probe.write_bytes(b"1")
         try:
-            wait_until(self._arrived(target / "probe"), "syncthing's first file", timeout=120)
+            wait_until(self._arrived(target / "probe"), "syncthing's first file", timeout=patience)
         except BaseException:
             self.stop()
             raise
@@ -168,6 +191,11 @@ class Syncthing:
             return path.exists()
 
         return there
+
+    @property
+    def source(self) -> Daemon:
+        """The process that watches the source."""
+        return self._daemons[0]
 
     def cpu(self) -> float:
         """CPU seconds of both so far."""

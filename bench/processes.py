@@ -9,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -182,6 +182,38 @@ def descendants(pid: int) -> list[int]:
             for task in Path(f"/proc/{each}/task").iterdir():
                 found += map(int, (task / "children").read_text(encoding="ascii").split())
     return found
+
+
+def memory_of(pids: Sequence[int]) -> dict[str, float]:
+    """MB (10**6 bytes) of processes now: ``rss`` and, with pages that are shared divided by their sharers, ``pss``.
+
+    ``peak`` is the most that each one's ``rss`` has been. A process that is gone counts as nothing.
+    """
+    found = {"rss": 0.0, "pss": 0.0, "peak": 0.0}
+    names = {"Rss:": "rss", "Pss:": "pss", "VmHWM:": "peak"}
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            for file in ("smaps_rollup", "status"):
+                for line in Path(f"/proc/{pid}/{file}").read_text(encoding="utf-8", errors="replace").splitlines():
+                    words = line.split()
+                    if words and words[0] in names:
+                        found[names[words[0]]] += int(words[1]) * 1024 / 1e6
+    return found
+
+
+@contextlib.contextmanager
+def sysctl(name: str, choose: Callable[[int], int]) -> Iterator[int]:
+    """A kernel's number (``fs.inotify.max_user_watches``) is what `choose` makes of it, and is put back at the end."""
+    path = Path("/proc/sys", *name.split("."))
+    before = int(path.read_text(encoding="ascii"))
+    wanted = choose(before)
+    if wanted != before:
+        path.write_text(f"{wanted}\n", encoding="ascii")
+    try:
+        yield wanted
+    finally:
+        if wanted != before:
+            path.write_text(f"{before}\n", encoding="ascii")
 
 
 def settle(cpu: Callable[[], float], *, most: float = 30.0, interval: float = 0.1, share: float = 0.05) -> None:

@@ -24,6 +24,14 @@ def percentile(values: Sequence[float], percent: float) -> float:
     return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
 
 
+def curve_ms(values: Sequence[float], points: int = 200) -> list[float]:
+    """Percentiles 0, 0.5, ... 100 of times in seconds, as milliseconds; empty for no values."""
+    if not values:
+        return []
+    ordered = sorted(values)
+    return [round(percentile(ordered, 100.0 * k / points) * 1e3, 4) for k in range(points + 1)]
+
+
 def pair_ratios(ours: Sequence[float | None], theirs: Sequence[float | None]) -> list[float]:
     """The ratio of each pair that has both figures; pairs are never mixed, so a slow minute hits both sides of one."""
     return [a / b for a, b in zip(ours, theirs, strict=False) if a is not None and b]

@@ -106,15 +106,7 @@ class RecoveryPoint:
             unseen = sum(s.extra.get("unseen", 0.0) for s in samples if s is not None)
             if unseen:
                 row.notes.append(f"{name}: {unseen:g} changes did not appear within {_DRAIN:g} s after the last write.")
-        row.series["latency ms"] = {name: _thinned(values) for name, values in curves.items()}
-
-
-def _thinned(values: list[float], points: int = 200) -> list[float]:
-    """Percentiles 0, 0.5, ... 100 of latencies in seconds, as milliseconds."""
-    if not values:
-        return []
-    ordered = sorted(values)
-    return [round(stats.percentile(ordered, 100.0 * k / points) * 1e3, 4) for k in range(points + 1)]
+        row.series["latency ms"] = {name: stats.curve_ms(values) for name, values in curves.items()}
 
 
 def latencies(
