@@ -42,7 +42,7 @@ drill: setup lab-deps ## A whole disaster on the lab's hosts; writes build/drill
 	@$(BIN)/python tests/drill/run.py
 
 .PHONY: test
-test: setup lab-deps powerloss-deps ## All checks and all tests
+test: setup lab-deps powerloss-deps soak-deps ## All checks and all tests
 	@mkdir -p build
 	$(MAKE) --no-print-directory lint
 	$(BIN)/python -m pytest
@@ -109,6 +109,18 @@ powerloss-deps:
 .PHONY: powerloss
 powerloss: setup powerloss-deps ## Cut the power of both machines' disks 200 times, in at most 30 minutes; writes build/powerloss/report.json
 	@$(BIN)/python agent/tests/powerloss.py --cuts 200 --minutes 30 --report build/powerloss/report.json
+
+SOAK_PACKAGES := stress-ng fsmark git dpkg
+SOAK_MINUTES ?= 60
+
+.PHONY: soak-deps
+soak-deps:
+	@dpkg -s $(SOAK_PACKAGES) >/dev/null 2>&1 || \
+	  { apt-get -q update && apt-get -q -y install --no-install-recommends $(SOAK_PACKAGES); }
+
+.PHONY: soak
+soak: setup soak-deps ## Programs at work in a protected tree, SOAK_MINUTES=60 of them; writes build/soak/report.json
+	@$(BIN)/python agent/tests/soak.py --minutes $(SOAK_MINUTES) --report build/soak/report.json
 
 POSTGRES_PACKAGES := postgresql postgresql-contrib btrfs-progs
 

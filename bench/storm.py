@@ -27,6 +27,7 @@ class Storm:
         self._noise = self._chance.randbytes(1 << 16)
         self._seed = seed
         self._count = 0
+        self._names = names
         self._handles = [os.open(os.path.join(tree, name), os.O_PATH | os.O_DIRECTORY) for name in names]
         self._files: list[list[str]] = [[] for _ in names]
 
@@ -48,6 +49,10 @@ class Storm:
             return self._rename(at, place)
         os.unlink(files.pop(place), dir_fd=handle)
         return _DELETED
+
+    def names(self) -> dict[str, list[str]]:
+        """The files that each directory has now, sorted."""
+        return {name: sorted(files) for name, files in zip(self._names, self._files, strict=True)}
 
     def _new(self) -> str:
         self._count += 1

@@ -67,28 +67,30 @@ class EventStorm:
             if not context.quick:
                 others["syncthing"] = lambda _: _syncthing(context, field, events)
             row.runs |= context.turns(others, 1)
-        self._judge(row, events)
+        judge(row, events)
         return [row]
 
-    def _judge(self, row: RowResult, events: int) -> None:
-        for name, samples in row.runs.items():
-            binding = name.startswith(OURS)
-            for key, unit in ((_DIFFERENCES, ""), (_TIME, "s")):
-                judged = binding and key == _DIFFERENCES
-                values = tuple(s.extra[key] for s in samples if s is not None and key in s.extra)
-                must = 0.0 if judged else None
-                row.criteria.append(Criterion(f"{key}, {name}", unit, values, must, binding=judged))
-        row.notes += [
-            f"{PROCESSES} processes create, rename, rewrite and delete files in {DIRECTORIES} directories until there "
-            f"were {events} events, as inotify counts them; fs.inotify.max_queued_events and its fanotify counterpart "
-            f"are {QUEUE} at most. 'wall s' is the storm and what follows; '{_TIME}' begins when the storm is over.",
-            f"The process that watches is stopped for the first {_STOPPED:g} s, as on a machine that is too busy, so "
-            "that the queue overflows whatever the engine. Ours is done when the flush is answered that was asked for "
-            "when the storm was over.",
-            "Differences: what rsync -n finds in names, contents (--checksum), modes, owners, links and times; "
-            "with the peers, in what they keep: lsyncd calls rsync -a, syncthing's are names and contents.",
-            f"The peers are looked at every 2 s until there is no difference, at most for {_PEER_LIMIT:g} s.",
-        ]
+
+def judge(row: RowResult, events: int) -> None:
+    """Add the criteria and the notes."""
+    for name, samples in row.runs.items():
+        binding = name.startswith(OURS)
+        for key, unit in ((_DIFFERENCES, ""), (_TIME, "s")):
+            judged = binding and key == _DIFFERENCES
+            values = tuple(s.extra[key] for s in samples if s is not None and key in s.extra)
+            must = 0.0 if judged else None
+            row.criteria.append(Criterion(f"{key}, {name}", unit, values, must, binding=judged))
+    row.notes += [
+        f"{PROCESSES} processes create, rename, rewrite and delete files in {DIRECTORIES} directories until there "
+        f"were {events} events, as inotify counts them; fs.inotify.max_queued_events and its fanotify counterpart "
+        f"are {QUEUE} at most. 'wall s' is the storm and what follows; '{_TIME}' begins when the storm is over.",
+        f"The process that watches is stopped for the first {_STOPPED:g} s, as on a machine that is too busy, so "
+        "that the queue overflows whatever the engine. Ours is done when the flush is answered that was asked for "
+        "when the storm was over.",
+        "Differences: what rsync -n finds in names, contents (--checksum), modes, owners, links and times; "
+        "with the peers, in what they keep: lsyncd calls rsync -a, syncthing's are names and contents.",
+        f"The peers are looked at every 2 s until there is no difference, at most for {_PEER_LIMIT:g} s.",
+    ]
 
 
 def storm(tree: Path, events: int, watcher: Daemon) -> None:
