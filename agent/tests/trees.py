@@ -60,6 +60,8 @@ def differences(
 ) -> list[str]:
     """One line for each path at which the trees differ, naming what does; empty when they are identical."""
     a, b = (describe(top, times_of_directories=times_of_directories) for top in (left, right))
+    # Sockets live and die with their server: no replica has them.
+    a = {path: entry for path, entry in a.items() if entry[0] != stat.S_IFSOCK}
     fields = ("type", "mode", "uid", "gid", "mtime", "rdev", "content", "links", "xattrs")
     lines = []
     for path in sorted(set(a) | set(b)):

@@ -16,6 +16,7 @@ from bench.model import Criterion, RowResult, Sample
 from bench.nodes import Pair, check_same
 from bench.processes import BenchError, Daemon, need, wait_until
 
+#: Seconds of changes; the peers, which are waited for much longer, get half.
 SECONDS = 20.0
 APPENDS = 40
 MAPPED = 8
@@ -55,7 +56,7 @@ class HeldOpen:
                 check_same(pair)
 
             def theirs(name: str, start: Start) -> Sample:
-                return keep(name, *_peer(context, field, load, start))
+                return keep(name, *_peer(context, field, Load.of(context, 0.5), start))
 
             contestants: dict[str, Callable[[int], Sample]] = {}
             for name, start in _peers(context).items():
@@ -67,7 +68,7 @@ class HeldOpen:
         row.notes += [
             f"{load.appends} lines of {held.LINE} bytes, and {load.mapped} single pages of {held.MAPPED >> 20} MiB "
             f"that are mapped with MAP_SHARED, at random moments of {load.seconds:g} s; neither file is closed, no "
-            "mapping ends, and nobody calls msync.",
+            "mapping ends, and nobody calls msync. The peers get half as many in half the time.",
             "A change counts when it is in the replica's file, where ours puts it once it is durable ('durable p50 s': "
             "when the source was told so). What the peers show there is in memory yet.",
             "lsyncd waits for files to be closed, as it comes; '+ Modify' is its inotifyMode 'CloseWrite or Modify'. "
@@ -86,9 +87,9 @@ class Load:
         self.mapped = mapped
 
     @classmethod
-    def of(cls, context: Context) -> Load:
-        """At this run's scale."""
-        share = max(0.2, min(1.0, context.scale))
+    def of(cls, context: Context, part: float = 1.0) -> Load:
+        """At this run's scale, and that part of it."""
+        share = max(0.2, part * min(1.0, context.scale))
         return cls(SECONDS * share, round(APPENDS * share), max(2, round(MAPPED * share)))
 
     def moments(self, chance: random.Random) -> list[tuple[float, str]]:
