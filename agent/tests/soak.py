@@ -49,6 +49,7 @@ _MAPPED_SECONDS = 60.0
 #: What the tree may hold before it is emptied, so that a comparison does not take long.
 _MOST_BYTES, _MOST_FILES = 200 << 20, 20_000
 _NODE = "import sys; from farshore.daemons.node import main; sys.exit(main())"
+_MACHINE = Path(__file__).resolve().parent / "fmm" / "machine.py"
 _PR_SET_PDEATHSIG = 1
 
 
@@ -345,11 +346,28 @@ def workloads(options: argparse.Namespace, seconds: float, seed: int, base: Path
     return soak.run(options.rounds, seconds, options.seconds).as_json()
 
 
+def machine(options: argparse.Namespace, seconds: float, seed: int, base: Path) -> dict[str, Any]:
+    """The campaign of that name: random operations that Hypothesis chooses, with each engine in turn."""
+    chosen = options.engine or engines()
+    report: dict[str, Any] = {"failures": []}
+    for engine in chosen:
+        file = base / f"{engine}.json"
+        words = ["--engine", engine, "--minutes", f"{seconds / 60 / len(chosen):.3f}", "--seed", str(seed)]
+        command = [sys.executable, str(_MACHINE), *words, "--report", str(file)]
+        code = subprocess.run(command, check=False, preexec_fn=_die_with_parent).returncode
+        if not file.exists():
+            report["failures"].append(f"{engine}: it ended with {code}")
+            continue
+        report[engine] = found = json.loads(file.read_text())
+        report["failures"] += [f"{engine}: {failure}" for failure in found["failures"]]
+    return report
+
+
 #: Takes the options, the seconds that it has, a seed, and a directory of its own, in which it leaves nothing but what
 #: helps to look into a failure; returns its report, whose ``failures`` must be empty.
 Campaign = Callable[[argparse.Namespace, float, int, Path], dict[str, Any]]
 
-CAMPAIGNS: dict[str, Campaign] = {"workloads": workloads}
+CAMPAIGNS: dict[str, Campaign] = {"workloads": workloads, "machine": machine}
 
 
 def main() -> int:
@@ -364,13 +382,14 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=random.SystemRandom().getrandbits(32), metavar="N")
     parser.add_argument("--dir", type=Path, metavar="DIR", help="work there, and leave it (default: a temporary one)")
     parser.add_argument("--report", type=Path, metavar="FILE", help="write the figures there, as JSON")
+    allowed = [name for name in ENGINES if name != "auto"]
+    parser.add_argument("--engine", action="append", choices=allowed, help="may be repeated (default: all)")
     group = parser.add_argument_group("of the campaign workloads")
     group.add_argument("--rounds", type=int, default=10**9, metavar="N", help="at most so many")
     group.add_argument("--seconds", type=float, default=10.0, metavar="S", help="of a round; default: %(default)g")
     group.add_argument(
         "--only", action="append", choices=WORKLOADS, help="this program, may be repeated (default: all)"
     )
-    group.add_argument("--engine", action="append", choices=ENGINES, help="may be repeated (default: all)")
     options = parser.parse_args()
     print(f"seed {options.seed}", flush=True)
     base = options.dir or Path(tempfile.mkdtemp(prefix="farshore-soak-"))
