@@ -37,7 +37,7 @@ QUEUE = 16_384
 _MOST_PAIRS = 2
 _ENGINES = ("inotify", "fanotify")
 _LIMIT = 300.0
-_PEER_LIMIT = 180.0
+_PEER_LIMIT = 120.0
 #: Seconds for which the watcher stands still when the storm begins.
 _STOPPED = 2.0
 _TIME, _DIFFERENCES = "s until the same", "differences"
