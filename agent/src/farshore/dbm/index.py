@@ -319,8 +319,12 @@ class Index:
 
     def by_inode(self, root: int, dev: int, ino: int) -> list[Known]:
         """The paths of ``root`` that were made from this inode."""
-        rows = self._db.execute(_BY_INODE, (_signed(ino), _signed(dev), root)).fetchall()
-        return [_known(root, _joined(parent, name), row) for parent, name, *row in rows]
+        return list(self.each_by_inode(root, dev, ino))
+
+    def each_by_inode(self, root: int, dev: int, ino: int) -> Iterator[Known]:
+        """As ``by_inode``, one after the other: who needs one only does not read them all. Put nothing meanwhile."""
+        for parent, name, *row in self._db.execute(_BY_INODE, (_signed(ino), _signed(dev), root)):
+            yield _known(root, _joined(parent, name), row)
 
     def like(self, size: int, digest: bytes) -> list[Known]:
         """The large files of the replica that have this size in bytes and this BLAKE3-256."""

@@ -10,7 +10,7 @@ import contextlib
 import os
 import stat
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import blake3
@@ -996,7 +996,7 @@ class Planner:
         self._index.put(self._directory_entry(seen, known))
 
     def _sync_special(self, seen: Observed, known: Known | None) -> None:
-        names = self._other_names(seen) if seen.nlink > 1 and seen.kind in _LINKED else []
+        names = list(self._other_names(seen)) if seen.nlink > 1 and seen.kind in _LINKED else []
         if known is not None and _doubtful(known, seen):
             known = None
         if names and (known is None or (known.dev, known.ino) != (seen.dev, seen.ino)):
@@ -1025,11 +1025,14 @@ class Planner:
             return
         names: list[Known] = []
         if seen.nlink > 1:
-            names = self._other_names(seen)
-            if names and (known is None or (known.dev, known.ino) != (seen.dev, seen.ino)):
-                known = self._link(seen, names[0])
-                if known.same_identity(seen):
-                    return
+            if known is None or (known.dev, known.ino) != (seen.dev, seen.ino):
+                # One will do, however many names the file has.
+                first = next(self._other_names(seen), None)
+                if first is not None:
+                    known = self._link(seen, first)
+                    if known.same_identity(seen):
+                        return
+            names = list(self._other_names(seen))
         started = self.view.moment_ns()
         try:
             data = os.read(handle, INLINE_MAX + 1) if seen.size <= INLINE_MAX else None
@@ -1100,15 +1103,15 @@ class Planner:
             if other.path not in mine:
                 self._index.put(replace(other, dev=0, ino=0, ctime_ns=0))
 
-    def _other_names(self, seen: Observed) -> list[Known]:
+    def _other_names(self, seen: Observed) -> Iterator[Known]:
         """The names of the same object that the replica has and that are still its names here."""
-        return [
+        return (
             other
-            for other in self._index.by_inode(seen.root, seen.dev, seen.ino)
+            for other in self._index.each_by_inode(seen.root, seen.dev, seen.ino)
             if other.path != seen.path
             and other.kind is seen.kind
             and self._is_inode(seen.root, other.path, seen.dev, seen.ino)
-        ]
+        )
 
     def _small(self, seen: Observed, known: Known | None, data: bytes) -> Known:
         """Send what differs of a small file's content and metadata; returns what the replica will have."""
