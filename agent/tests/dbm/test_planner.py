@@ -560,6 +560,55 @@ def test_a_name_that_moved_before_new_content_came_is_linked_to_it(source: Sourc
     assert [(message.path, message.to) for message in sent if isinstance(message, Link)] == [(b"e/b", b"a")]
 
 
+def test_what_was_written_through_a_lost_name_shows_under_one_that_is_left(source: Source) -> None:
+    for name in ("b", "c", "d"):
+        if name == "b":
+            (source.tree / "b").write_text("before")
+        else:
+            os.link(source.tree / "b", source.tree / name)
+    source.tell()
+    (source.tree / "b").write_text("written")
+    (source.tree / "b").unlink()
+    (source.tree / "c").unlink()
+    sent = source.tell(Hint(0, b"b", Kind.DELETED))
+    assert [(message.path, message.data) for message in sent if isinstance(message, Put)] == [(b"d", b"written")]
+    assert b"b" in paths_of(sent, Remove)
+
+
+def test_a_file_of_many_names_is_looked_at_as_often_as_it_has_names(
+    source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count, looks, lstat = 200, 0, source.planner._lstat
+
+    def counted(root: int, path: bytes) -> os.stat_result | None:
+        nonlocal looks
+        looks += 1
+        return lstat(root, path)
+
+    monkeypatch.setattr(source.planner, "_lstat", counted)
+    (source.tree / "f").write_text("1")
+    (source.tree / "d").mkdir()
+    source.tell()
+    names = [b"d/%d" % number for number in range(count)]
+    for name in names:
+        os.link(source.tree / "f", os.fsencode(source.tree) + b"/" + name)
+    # So that what is read now is known for sure.
+    time.sleep(0.05)
+    assert sorted(paths_of(source.tell(*(Hint(0, name, Kind.CREATED) for name in names)), Link)) == sorted(names)
+    assert looks < 10 * count
+    looks, gone = 0, names[: count // 2]
+    for name in gone:
+        os.unlink(os.fsencode(source.tree) + b"/" + name)
+    time.sleep(0.05)
+    assert sorted(paths_of(source.tell(*(Hint(0, name, Kind.DELETED) for name in gone)), Remove)) == sorted(gone)
+    assert looks < 10 * count
+    looks = 0
+    shutil.rmtree(source.tree / "d")
+    time.sleep(0.05)
+    assert paths_of(source.tell(Hint(0, b"d", Kind.DELETED)), Remove) == [b"d"]
+    assert looks < 10 * count
+
+
 def renaming(source: Source, monkeypatch: pytest.MonkeyPatch, old: Path, new: Path) -> None:
     """Rename something at the source as soon as a file's content was told."""
     emit = source.planner._emit

@@ -7,6 +7,7 @@ that is lost, doubled or out of order costs time and never correctness. Runs in 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import stat
 import time
@@ -148,6 +149,8 @@ class Planner:
         self._made: set[tuple[int, bytes]] = set()
         # The inode that is looked at, if the index knew no path of it.
         self._lonely = _NO_INODE
+        # A name that a file had when another name of it was lost.
+        self._kept_name = (*_NO_INODE, b"")
         self._content_sent = False
         # Files that failed in the middle of their content, with their ctime then.
         self._unreadable: dict[tuple[int, bytes], int] = {}
@@ -714,15 +717,41 @@ class Planner:
         self._index.remove(known.root, known.path)
 
     def _look_at_other_names(self, batch: Batch, lost: Known, work: Work) -> None:
-        """A name is lost: what was written through it shows under the other names of the file, unannounced."""
+        """A name is lost: what was written through it shows under the other names of the file, unannounced.
+
+        One of them tells of all. If that is lost, too, before it was looked at, it leads to the next.
+        """
         names = self._index.linked_below(lost.root, lost.path) if lost.kind is FileKind.DIRECTORY else [lost]
-        inodes = set()
+        inodes = {}
         for name in names:
-            for other in self._names_besides(name):
-                inodes.add((name.dev, name.ino))
-                batch.look(other.root, other.path, Kind.MODIFIED, work)
+            if name.kind is FileKind.FILE and name.nlink > 1 and name.ino:
+                inodes[name.dev, name.ino] = name
         # If the connection ends before that is done, the index does not tell any more what the name stood for.
-        work.remember(inodes)
+        work.remember({inode for inode, name in inodes.items() if self._look_at_another_name(batch, name, lost, work)})
+
+    def _look_at_another_name(self, batch: Batch, name: Known, lost: Known, work: Work) -> bool:
+        """Returns whether the file had other names than those that are lost, as far as the index knows."""
+        kept = self._kept_name if self._kept_name[:3] == (name.root, name.dev, name.ino) else None
+        others = (other.path for other in self._index.each_by_inode(name.root, name.dev, name.ino))
+        found = False
+        for path in itertools.chain((kept[3],) if kept else (), others):
+            if path == lost.path or path.startswith(lost.path + b"/"):
+                continue
+            found = True
+            try:
+                status = self._lstat(name.root, path)
+            except _Unobservable:
+                batch.look(name.root, path, Kind.MODIFIED, work)
+                continue
+            if status is None or (status.st_dev, status.st_ino) != (name.dev, name.ino):
+                continue
+            self._kept_name = (name.root, name.dev, name.ino, path)
+            known = self._index.get(name.root, path)
+            # It was read after the name was lost, as that changed its ctime.
+            if known is None or not known.is_unchanged(status):
+                batch.look(name.root, path, Kind.MODIFIED, work)
+            break
+        return found
 
     def _look_behind(self, batch: Batch, root: int, path: bytes, status: os.stat_result | None, work: Work) -> None:
         """Look at the files that had the path as another name of theirs, and have not any more."""
