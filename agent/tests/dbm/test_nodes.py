@@ -6,6 +6,7 @@ import asyncio
 import os
 import shutil
 import threading
+import time
 from pathlib import Path
 from typing import NoReturn
 
@@ -36,6 +37,7 @@ from farshore.dbm.record import Record, load, store
 from farshore.dbm.replica.build import Building
 from farshore.dbm.replica.stage import Stage
 from farshore.errors import FarshoreError, NotInTime, StaleEpoch, StateError
+from farshore.fmm import Hint
 
 META = Meta(0o644, os.getuid(), os.getgid(), 1, 1, [])
 
@@ -426,3 +428,49 @@ async def test_a_large_file_on_its_way_to_the_disk_holds_up_no_small_one(
         gate.set()
     await pair.local.groups["web"].flush(60)
     assert differences(pair.local_tree, pair.remote_tree) == []
+
+
+async def test_a_moved_directory_is_not_sent_anew_though_its_old_place_is_looked_at_first(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (pair.local_tree / "old" / "deep").mkdir(parents=True)
+    for number in range(50):
+        (pair.local_tree / "old" / "deep" / str(number)).write_bytes(os.urandom(20_000))
+    (pair.local_tree / "large").write_bytes(os.urandom(200_000))
+    await pair.own("local", 1)
+    await in_step(pair)
+    group = pair.local.groups["web"]
+    assert group._feed is not None and group._sender is not None
+    # The watcher tells of what left a good while before it tells of where it went.
+    real, late = group._feed._watcher.read, []
+
+    def read(timeout: float) -> list[Hint]:
+        hints = list(real(min(timeout, 0.2))) + late[:]
+        late[:] = [hint for hint in hints if hint.path in (b"new", b"renamed") and hint not in late]
+        return [hint for hint in hints if hint not in late]
+
+    monkeypatch.setattr(group._feed._watcher, "read", read)
+    before = group._sender.sent_bytes
+    # Something changes all the time: what is missed must not wait for a moment of rest.
+    stop = asyncio.Event()
+
+    async def scribble() -> None:
+        while not stop.is_set():
+            (pair.local_tree / "busy").write_text(str(time.monotonic()))
+            await asyncio.sleep(0.002)
+
+    scribbling = asyncio.create_task(scribble())
+    try:
+        os.rename(pair.local_tree / "old", pair.local_tree / "new")
+        os.rename(pair.local_tree / "large", pair.local_tree / "renamed")
+        old, large = pair.remote_tree / "old", pair.remote_tree / "large"
+        await until(lambda: not (old.exists() or large.exists()), "what was moved is still there")
+        assert (pair.remote_tree / "new" / "deep" / "49").exists() and (pair.remote_tree / "renamed").exists()
+        shutil.rmtree(pair.local_tree / "new")
+        await until(lambda: not (pair.remote_tree / "new").exists(), "what was removed is still there")
+    finally:
+        stop.set()
+        await scribbling
+    await in_step(pair)
+    assert differences(pair.local_tree, pair.remote_tree) == []
+    assert group._sender.sent_bytes - before < 500_000  # of 1.2 MB

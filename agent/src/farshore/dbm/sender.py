@@ -267,10 +267,10 @@ class Sender:
         self._heard = 0.0
         self._blocks: BlockWriter | None = None
         self._uploads: Uploads | None = None
-        #: What the planner has others do; and how many of the first are not done yet.
+        #: What the planner has others do; and those of the first that are not done yet.
         self._censuses: asyncio.Queue[Census] = asyncio.Queue()
         self._missed: asyncio.Queue[list[tuple[int, bytes, Work]]] = asyncio.Queue()
-        self._counting = 0
+        self._counting: list[Census] = []
         self._looked = asyncio.Event()
         self._wake = asyncio.Event()
         self._acked = asyncio.Event()
@@ -552,7 +552,7 @@ class Sender:
         self._answers = asyncio.Queue()
         self._censuses = asyncio.Queue()
         self._missed = asyncio.Queue()
-        self._counting = 0
+        self._counting = []
         self._uploads = Uploads(planner.view, self, welcome.uploads)
         self._open = await self._in_worker(self._note_open, index)
         follow = self._follow if self._snapshots is None else self._follow_states
@@ -790,7 +790,7 @@ class Sender:
             self._uploads.add(job)
         planner.new_jobs.clear()
         for census in planner.new_census:
-            self._counting += 1
+            self._counting.append(census)
             self._censuses.put_nowait(census)
         planner.new_census.clear()
         if planner.missed:
@@ -865,7 +865,8 @@ class Sender:
             started = time.monotonic()
             await self._loop.run_in_executor(None, census.run)
             self._batches.append(await self._in_worker(planner.take_up, census))
-            self._counting -= 1
+            self._counting.remove(census)
+            self._looked.set()
             self._wake.set()
             _log.debug(
                 "compared by directories",
@@ -885,11 +886,24 @@ class Sender:
                 with contextlib.suppress(FarshoreError, TimeoutError):
                     async with asyncio.timeout(_BARRIER_SECONDS):
                         mark = await self._barrier()
-            while self._batches or self._counting or self._dirty.waits_below(mark):
-                self._looked.clear()
-                await self._looked.wait()
+            await self._all_was_looked_at(mark)
             self._batches.append(await self._in_worker(planner.look_for_missed, missed))
             self._wake.set()
+
+    async def _all_was_looked_at(self, mark: int) -> None:
+        """Return when all was looked at that was marked below ``mark``, or was taken before."""
+        await self._until_looked(lambda: not self._dirty.waits_below(mark))
+        # What is taken later changed later, and is not waited for: that might never end.
+        censuses = self._counting[:]
+        await self._until_looked(lambda: not any(each in self._counting for each in censuses))
+        batches = self._batches[:]
+        await self._until_looked(lambda: not any(each is there for each in batches for there in self._batches))
+
+    async def _until_looked(self, condition: Callable[[], bool]) -> None:
+        """Wait for what can only become true when something was looked at."""
+        while not condition():
+            self._looked.clear()
+            await self._looked.wait()
 
     # --- whole states
 
