@@ -87,6 +87,8 @@ _MASK: int = (
     | pyinotify.IN_DELETE_SELF
     | pyinotify.IN_MOVE_SELF
     | pyinotify.IN_ONLYDIR
+    # Else a directory that is watched again is not watched for a moment, and what happens in it then is lost.
+    | pyinotify.IN_MASK_ADD
     | pyinotify.IN_EXCL_UNLINK
 )
 
