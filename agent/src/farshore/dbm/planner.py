@@ -767,10 +767,18 @@ class Planner:
                         batch.look(number, other.path, Kind.MODIFIED, work)
 
     def _names_besides(self, name: Known) -> list[Known]:
-        """The other names of a file, as far as the index knows them."""
+        """The other names of a file, in any root, as far as the index knows them."""
         if name.kind is not FileKind.FILE or name.nlink < 2 or not name.ino:
             return []
-        return [other for other in self._index.by_inode(name.root, name.dev, name.ino) if other.path != name.path]
+        names = (other for root in range(len(self._roots)) for other in self._index.by_inode(root, name.dev, name.ino))
+        return [other for other in names if (other.root, other.path) != (name.root, name.path)]
+
+    def _look_elsewhere(self, batch: Batch, seen: Observed, work: Work) -> None:
+        """Something was told of a file of several names: those in other roots are files of their own on the replica."""
+        for root in range(len(self._roots)):
+            if root != seen.root:
+                for other in self._index.by_inode(root, seen.dev, seen.ino):
+                    batch.look(root, other.path, Kind.MODIFIED, work)
 
     # --- what to tell
 
@@ -896,10 +904,13 @@ class Planner:
                 self._index.remove(root, path)
             return
         known = self._settle_place(batch, seen, known, work)
+        told = self._plan.operations
         if seen.kind is FileKind.DIRECTORY:
             self._sync_directory(batch, seen, known, work)
         else:
             self._sync_special(seen, known)
+            if seen.nlink > 1 and self._plan.operations > told:
+                self._look_elsewhere(batch, seen, work)
 
     def _sync_file(
         self,
@@ -918,7 +929,10 @@ class Planner:
         self._lonely = _NO_INODE
         known = self._settle_place(batch, seen, known, work, readable=handle is not None)
         if handle is not None:
+            told = self._plan.operations
             self._file(batch, seen, known, force, work, handle)
+            if seen.nlink > 1 and self._plan.operations > told:
+                self._look_elsewhere(batch, seen, work)
 
     def _sync_single_file(self, batch: Batch, seen: Observed, known: Known | None, force: bool, work: Work) -> None:
         try:
