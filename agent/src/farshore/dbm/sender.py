@@ -1081,10 +1081,14 @@ class Sender:
                     raise ProtocolError(self._peer.node, f"{type(message).__name__} now")
 
     async def _mind(self) -> None:
-        """Notice a replica that is silent for too long."""
+        """Notice a replica that is silent for too long, and a root that is there again."""
         asked = 0.0
         while True:
             await asyncio.sleep(1)
+            if self._planner is not None and self._planner.absent_roots:
+                # One that was away for a moment only has not changed for the watcher.
+                self._dirty.mark(dirty_everything(list(self._planner.absent_roots)), time.monotonic())
+                self._wake.set()
             silent = time.monotonic() - self._heard
             waiting = bool(self._flights) or self._asking.locked()
             limit = _ANSWER_SECONDS if waiting else _PING_SECONDS + _PONG_SECONDS
