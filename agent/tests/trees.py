@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 #: What the tests skip when the two sides can't agree on it: directories' sizes and all inode numbers.
@@ -15,16 +15,31 @@ _KEPT = ("user.", "trusted.", "security.", "system.posix")
 _OWN = ("security.selinux", "security.ima", "security.evm")
 
 
-def describe(top: str | os.PathLike[str], *, times_of_directories: bool = True) -> dict[bytes, _Entry]:
-    """Every path below ``top`` (b"" is ``top``): type, mode, owner, time, content, target, xattrs, link set."""
+def _any(path: bytes, is_directory: bool) -> bool:
+    return True
+
+
+def describe(
+    top: str | os.PathLike[str],
+    *,
+    times_of_directories: bool = True,
+    allows: Callable[[bytes, bool], bool] = _any,
+) -> dict[bytes, _Entry]:
+    """Every path below ``top`` (b"" is ``top``): type, mode, owner, time, content, target, xattrs, link set.
+
+    ``allows`` tells of a path, and of whether it is a directory, whether it counts.
+    """
     root = os.fsencode(top)
     found: dict[bytes, _Entry] = {}
     names_of: dict[tuple[int, int], list[bytes]] = {}
-    for path in _paths(root):
+    paths = [
+        path for path in _paths(root) if not path or allows(path, stat.S_ISDIR(os.lstat(root + b"/" + path).st_mode))
+    ]
+    for path in paths:
         status = os.lstat(root + b"/" + path if path else root)
         if not stat.S_ISDIR(status.st_mode):
             names_of.setdefault((status.st_dev, status.st_ino), []).append(path)
-    for path in _paths(root):
+    for path in paths:
         full = root + b"/" + path if path else root
         status = os.lstat(full)
         kind = stat.S_IFMT(status.st_mode)
@@ -56,10 +71,14 @@ def describe(top: str | os.PathLike[str], *, times_of_directories: bool = True) 
 
 
 def differences(
-    left: str | os.PathLike[str], right: str | os.PathLike[str], *, times_of_directories: bool = True
+    left: str | os.PathLike[str],
+    right: str | os.PathLike[str],
+    *,
+    times_of_directories: bool = True,
+    allows: Callable[[bytes, bool], bool] = _any,
 ) -> list[str]:
     """One line for each path at which the trees differ, naming what does; empty when they are identical."""
-    a, b = (describe(top, times_of_directories=times_of_directories) for top in (left, right))
+    a, b = (describe(top, times_of_directories=times_of_directories, allows=allows) for top in (left, right))
     # Sockets live and die with their server: no replica has them.
     a = {path: entry for path, entry in a.items() if entry[0] != stat.S_IFSOCK}
     fields = ("type", "mode", "uid", "gid", "mtime", "rdev", "content", "links", "xattrs")

@@ -6,10 +6,15 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+from mirrored import Mirrored
 
-from farshore.fmm import Hint, Kind, Root
+from farshore.dbm.replica.paths import remove_tree
+from farshore.fmm import Hint, Kind, Root, Watcher
+from farshore.fmm.factory import ENGINES
+from farshore.fmm.fanotify import FanotifyWatcher, why_not
 from farshore.fmm.inotify import InotifyWatcher
 
 Seen = dict[bytes, Kind]
@@ -35,7 +40,7 @@ def covered(path: bytes, seen: Seen) -> bool:
     return False
 
 
-def until(watcher: InotifyWatcher, enough: Callable[[list[Hint]], bool]) -> list[Hint]:
+def until(watcher: Watcher, enough: Callable[[list[Hint]], bool]) -> list[Hint]:
     """Read until ``enough``; gives up after a generous time."""
     hints: list[Hint] = []
     deadline = time.monotonic() + 60
@@ -99,3 +104,50 @@ def watch() -> Iterator[Watch]:
     yield start
     for watcher in made:
         watcher.close()
+
+
+@pytest.fixture(params=[name for name in ENGINES if name != "auto"])
+def engine(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Each engine that can watch here."""
+    name: str = request.param
+    if name == "fanotify" and (reason := why_not([Root(os.fsencode(tmp_path))])):
+        pytest.skip(reason)
+    return name
+
+
+@pytest.fixture
+def watch_any(engine: str) -> Iterator[Callable[..., Watcher]]:
+    """As ``watch``, with each engine."""
+    made: list[Watcher] = []
+
+    def start(*roots: Root | bytes, **options: Any) -> Watcher:
+        given = [root if isinstance(root, Root) else Root(root) for root in roots]
+        watcher = (FanotifyWatcher if engine == "fanotify" else InotifyWatcher)(given, **options)
+        made.append(watcher)
+        assert list(watcher.start()) == [Hint(n, b"", Kind.RESCAN) for n in range(len(given))]
+        return watcher
+
+    yield start
+    for watcher in made:
+        watcher.close()
+
+
+@pytest.fixture
+def mirror(engine: str, tmp_path: Path) -> Iterator[Callable[..., Mirrored]]:
+    """Make a mirror whose source is watched by each engine."""
+    made: list[Mirrored] = []
+
+    def start(**options: Any) -> Mirrored:
+        made.append(Mirrored(tmp_path / "mirror", engine, **options))
+        return made[-1]
+
+    yield start
+    for mirrored in made:
+        mirrored.close()
+    # Some of it may be deeper than Python's own removal can go.
+    if made:
+        directory = os.open(tmp_path, os.O_RDONLY)
+        try:
+            remove_tree(directory, b"mirror")
+        finally:
+            os.close(directory)
