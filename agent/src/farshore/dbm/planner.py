@@ -730,26 +730,36 @@ class Planner:
         work.remember({inode for inode, name in inodes.items() if self._look_at_another_name(batch, name, lost, work)})
 
     def _look_at_another_name(self, batch: Batch, name: Known, lost: Known, work: Work) -> bool:
-        """Returns whether the file had other names than those that are lost, as far as the index knows."""
-        kept = self._kept_name if self._kept_name[:3] == (name.root, name.dev, name.ino) else None
-        others = (other.path for other in self._index.each_by_inode(name.root, name.dev, name.ino))
+        """Returns whether the file had other names than those that are lost, in any root, as far as the index knows."""
+        # Names in other roots are files of their own on the replica: none of them tells of another.
+        found = [self._look_at_one_name(batch, root, name, lost, work) for root in range(len(self._roots))]
+        return any(found)
+
+    def _look_at_one_name(self, batch: Batch, root: int, name: Known, lost: Known, work: Work) -> bool:
+        """As ``_look_at_another_name``, in one root."""
+        kept = self._kept_name if self._kept_name[:3] == (root, name.dev, name.ino) else None
+        others = (other.path for other in self._index.each_by_inode(root, name.dev, name.ino))
         found = False
         for path in itertools.chain((kept[3],) if kept else (), others):
-            if path == lost.path or path.startswith(lost.path + b"/"):
+            if root == lost.root and (path == lost.path or path.startswith(lost.path + b"/")):
                 continue
             found = True
             try:
-                status = self._lstat(name.root, path)
+                status = self._lstat(root, path) if path else None
             except _Unobservable:
-                batch.look(name.root, path, Kind.MODIFIED, work)
+                batch.look(root, path, Kind.MODIFIED, work)
+                continue
+            if not path:
+                # A root that is a single file.
+                batch.look(root, path, Kind.MODIFIED, work)
                 continue
             if status is None or (status.st_dev, status.st_ino) != (name.dev, name.ino):
                 continue
-            self._kept_name = (name.root, name.dev, name.ino, path)
-            known = self._index.get(name.root, path)
+            self._kept_name = (root, name.dev, name.ino, path)
+            known = self._index.get(root, path)
             # It was read after the name was lost, as that changed its ctime.
             if known is None or not known.is_unchanged(status):
-                batch.look(name.root, path, Kind.MODIFIED, work)
+                batch.look(root, path, Kind.MODIFIED, work)
             break
         return found
 
