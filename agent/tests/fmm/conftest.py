@@ -50,8 +50,12 @@ def until(watcher: Watcher, enough: Callable[[list[Hint]], bool]) -> list[Hint]:
     return hints
 
 
-def map_of(watcher: InotifyWatcher, root: int = 0) -> set[bytes]:
-    """The paths of all directories that are watched and in place."""
+def map_of(watcher: Watcher, root: int = 0) -> set[bytes]:
+    """The paths of all directories that are watched and in place; with fanotify, that are protected."""
+    if isinstance(watcher, FanotifyWatcher):
+        protected = watcher._roots[root]
+        return {path for path in directories(protected.path) if protected.filter.allows(path, True)}
+    assert isinstance(watcher, InotifyWatcher)
     paths = set()
     for node in watcher._nodes.values():
         owner = watcher._locate(node)

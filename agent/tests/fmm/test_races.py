@@ -17,15 +17,18 @@ import threading
 from collections.abc import Iterator
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from farshore.fmm import Kind, Root
+from farshore.fmm.fanotify import FanotifyWatcher
 from farshore.fmm.inotify import InotifyWatcher
 
 from .conftest import Clock, covered, directories, joined, map_of
 
 EFFORT = int(os.environ.get("FARSHORE_FUZZ", "1"))
+#: The engine is the same for all examples of a test.
+FIXTURE = [HealthCheck.function_scoped_fixture]
 NAMES = [b"a", b"b", b"\xff\n"]
 OUTSIDE = b"../out"
 libc = ctypes.CDLL(None, use_errno=True)
@@ -110,10 +113,11 @@ def picture(top: bytes) -> dict[bytes, tuple[int, ...]]:
 class Witness:
     """Compares what changed with what was reported."""
 
-    def __init__(self, top: bytes, root: Root) -> None:
+    def __init__(self, engine: str, top: bytes, root: Root) -> None:
         self.top = top
         self.clock = Clock()
-        self.watcher = InotifyWatcher([root], clock=self.clock)
+        kind = FanotifyWatcher if engine == "fanotify" else InotifyWatcher
+        self.watcher: FanotifyWatcher | InotifyWatcher = kind([root], clock=self.clock)
         self.filter = self.watcher._roots[0].filter
         self.watcher.start()
         self.before = picture(top)
@@ -136,7 +140,8 @@ class Witness:
         assert map_of(self.watcher) == {
             path for path in directories(self.top) if not path or self.filter.allows(path, True)
         }
-        assert not [node for node in self.watcher._unsure if self.watcher._locate(node) is not None]
+        if isinstance(self.watcher, InotifyWatcher):
+            assert not [node for node in self.watcher._unsure if self.watcher._locate(node) is not None]
         assert self.watcher.problems() == ()
         self.before, self.seen = after, {}
 
@@ -145,15 +150,16 @@ class Witness:
         # What left the tree is not watched for ever.
         self.clock.now += 2
         self.watcher.read(0)
-        assert len(self.watcher._nodes) == len(map_of(self.watcher))
-        assert not self.watcher._orphans
-        assert not self.watcher._unsure
+        if isinstance(self.watcher, InotifyWatcher):
+            assert len(self.watcher._nodes) == len(map_of(self.watcher))
+            assert not self.watcher._orphans
+            assert not self.watcher._unsure
         self.check()
         self.watcher.close()
 
 
-def play(root: Root, steps: list[tuple[str, ...]], top: bytes) -> None:
-    witness = Witness(top, root)
+def play(engine: str, root: Root, steps: list[tuple[str, ...]], top: bytes) -> None:
+    witness = Witness(engine, top, root)
     try:
         for what, *paths in steps:
             match what:
@@ -174,25 +180,25 @@ def play(root: Root, steps: list[tuple[str, ...]], top: bytes) -> None:
         witness.watcher.close()
 
 
-@settings(max_examples=120 * EFFORT, deadline=None)
+@settings(max_examples=120 * EFFORT, deadline=None, suppress_health_check=FIXTURE)
 @given(st.lists(operations, max_size=40))
-def test_every_change_is_covered(steps: list[tuple[str, ...]]) -> None:
+def test_every_change_is_covered(engine: str, steps: list[tuple[str, ...]]) -> None:
     with arena() as top:
-        play(Root(top), steps, top)
+        play(engine, Root(top), steps, top)
 
 
-@settings(max_examples=60 * EFFORT, deadline=None)
+@settings(max_examples=60 * EFFORT, deadline=None, suppress_health_check=FIXTURE)
 @given(st.lists(operations, max_size=40))
-def test_every_protected_change_is_covered(steps: list[tuple[str, ...]]) -> None:
+def test_every_protected_change_is_covered(engine: str, steps: list[tuple[str, ...]]) -> None:
     with arena() as top:
-        play(Root(top, include=("b/a/b/",), exclude=("b/a", "/a/b/")), steps, top)
+        play(engine, Root(top, include=("b/a/b/",), exclude=("b/a", "/a/b/")), steps, top)
 
 
 @pytest.mark.parametrize("seed", range(4 * EFFORT))
-def test_changes_while_the_watcher_is_at_work(seed: int) -> None:
+def test_changes_while_the_watcher_is_at_work(engine: str, seed: int) -> None:
     rng = random.Random(seed)
     with arena() as top:
-        witness = Witness(top, Root(top))
+        witness = Witness(engine, top, Root(top))
         kinds = ["mkdirs", "write", "chmod", "remove", "rename", "rename", "exchange", "burst", "burst"]
 
         def change() -> None:
