@@ -290,7 +290,8 @@ class FanotifyWatcher(Engine[_Watched]):
 
     def _find(self, fsid: bytes, handle: bytes) -> _Places:
         """Where the directory lies that ``handle`` stands for."""
-        found: dict[int, tuple[Protected, bytes | None]] = {}
+        # Once each: the same directory may be seen at several places, and through several mounts.
+        found: dict[tuple[int, bytes | None], tuple[Protected, bytes | None]] = {}
         for mount in self._mounts.get(fsid, ()):
             path = self._path_of(mount, handle)
             if path is None:
@@ -300,11 +301,12 @@ class FanotifyWatcher(Engine[_Watched]):
                     continue
                 if root.is_file:
                     if path == _top(root):
-                        found[root.index] = root, None
+                        found[root.index, None] = root, None
                 elif path == root.real:
-                    found[root.index] = root, b""
+                    found[root.index, b""] = root, b""
                 elif path.startswith(root.real + b"/"):
-                    found[root.index] = root, path[len(root.real) + 1 :] + b"/"
+                    base = path[len(root.real) + 1 :] + b"/"
+                    found[root.index, base] = root, base
         return tuple(found.values())
 
     def _path_of(self, mount: _Mount, handle: bytes) -> bytes | None:
