@@ -143,7 +143,8 @@ def _ours(context: Context, field: Field, events: int, engine: str) -> Sample:
             pair.flush(_LIMIT)
             done = time.monotonic()
             found = differences(pair.source, pair.replica, "-aHX", "--checksum")
-            overflows = pair.log("source").read_text(encoding="utf-8", errors="replace").count("overflow")
+            watch = pair.status().watch
+            overflows = 0 if watch is None else watch.overflows
             extra = {_TIME: done - over, _DIFFERENCES: float(found), "overflows": float(overflows)}
             return Sample(done - began, pair.cpu() - cpu, None, extra)
     finally:
