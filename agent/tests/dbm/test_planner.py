@@ -596,6 +596,10 @@ def test_a_file_of_many_names_is_looked_at_as_often_as_it_has_names(
     time.sleep(0.05)
     assert sorted(paths_of(source.tell(*(Hint(0, name, Kind.CREATED) for name in names)), Link)) == sorted(names)
     assert looks < 10 * count
+    # Each of them is told to have changed, and one reading is enough.
+    looks = 0
+    assert not source.tell(*(Hint(0, name, Kind.MODIFIED) for name in names))
+    assert looks < 10 * count
     looks, gone = 0, names[: count // 2]
     for name in gone:
         os.unlink(os.fsencode(source.tree) + b"/" + name)

@@ -45,7 +45,7 @@ from farshore.dbm.work import Batch, Content, Depth, Job, Work
 from farshore.errors import UnsafePath
 from farshore.fmm import limits, scanner
 from farshore.fmm.patterns import Filter
-from farshore.fmm.types import FileKind, Hint, Kind, Observed, Root
+from farshore.fmm.types import FileKind, Hint, Inode, Kind, Observed, Root
 from farshore.fmm.view import Live, View
 
 #: A transaction is closed after so many operations or bytes of content.
@@ -149,8 +149,8 @@ class Planner:
         self._made: set[tuple[int, bytes]] = set()
         # The inode that is looked at, if the index knew no path of it.
         self._lonely = _NO_INODE
-        # A name that a file had when another name of it was lost.
-        self._kept_name = (*_NO_INODE, b"")
+        # By root and inode, a name that the file had when another name of it was lost: the last one only.
+        self._kept_name: dict[tuple[int, Inode], tuple[bytes]] = {}
         self._content_sent = False
         # Files that failed in the middle of their content, with their ctime then.
         self._unreadable: dict[tuple[int, bytes], int] = {}
@@ -299,6 +299,7 @@ class Planner:
         Returns the hints that have them looked at. Belongs to the index's open transaction.
         """
         hints = []
+        inodes = set()
         # Parents first: with the entry of what is no directory, all below it goes.
         for root, path in sorted(paths):
             known = self._index.get(root, path)
@@ -307,7 +308,8 @@ class Planner:
                 self._index.put(_in_doubt(known))
                 hints.append(Hint(root, path, Kind.ATTRIBUTES))
                 continue
-            if known is not None:
+            if known is not None and (root, known.dev, known.ino) not in inodes:
+                inodes.add((root, known.dev, known.ino))
                 # If it is gone, what was written through it shows under other names only.
                 hints += [Hint(other.root, other.path, Kind.MODIFIED) for other in self._names_besides(known)]
             self._index.remove(root, path)
@@ -722,45 +724,48 @@ class Planner:
         One of them tells of all. If that is lost, too, before it was looked at, it leads to the next.
         """
         names = self._index.linked_below(lost.root, lost.path) if lost.kind is FileKind.DIRECTORY else [lost]
-        inodes = {}
+        inodes = set()
         for name in names:
-            if name.kind is FileKind.FILE and name.nlink > 1 and name.ino:
-                inodes[name.dev, name.ino] = name
+            inode = name.dev, name.ino
+            if name.kind is not FileKind.FILE or name.nlink < 2 or not name.ino or inode in inodes:
+                continue
+            if self._look_at_another_name(batch, inode, lost.root, lost.path, work):
+                inodes.add(inode)
         # If the connection ends before that is done, the index does not tell any more what the name stood for.
-        work.remember({inode for inode, name in inodes.items() if self._look_at_another_name(batch, name, lost, work)})
+        work.remember(inodes)
 
-    def _look_at_another_name(self, batch: Batch, name: Known, lost: Known, work: Work) -> bool:
-        """Returns whether the file had other names than those that are lost, in any root, as far as the index knows."""
-        # Names in other roots are files of their own on the replica: none of them tells of another.
-        found = [self._look_at_one_name(batch, root, name, lost, work) for root in range(len(self._roots))]
+    def _look_at_another_name(self, batch: Batch, inode: Inode, root: int, lost: bytes, work: Work) -> bool:
+        """Returns whether a file has names but ``lost`` of ``root`` and what is below, as far as the index knows.
+
+        Names in other roots are files of their own on the replica: none of them tells of another.
+        """
+        found = [
+            self._look_at_one_name(batch, number, inode, lost if number == root else None, work)
+            for number in range(len(self._roots))
+        ]
         return any(found)
 
-    def _look_at_one_name(self, batch: Batch, root: int, name: Known, lost: Known, work: Work) -> bool:
+    def _look_at_one_name(self, batch: Batch, root: int, inode: Inode, lost: bytes | None, work: Work) -> bool:
         """As ``_look_at_another_name``, in one root."""
-        kept = self._kept_name if self._kept_name[:3] == (root, name.dev, name.ino) else None
-        others = (other.path for other in self._index.each_by_inode(root, name.dev, name.ino))
+        known = (other.path for other in self._index.each_by_inode(root, *inode))
         found = False
-        for path in itertools.chain((kept[3],) if kept else (), others):
-            if root == lost.root and (path == lost.path or path.startswith(lost.path + b"/")):
+        for path in itertools.chain(self._kept_name.get((root, inode), ()), known):
+            if lost is not None and (path == lost or path.startswith(lost + b"/")):
                 continue
             found = True
-            try:
-                status = self._lstat(root, path) if path else None
-            except _Unobservable:
-                batch.look(root, path, Kind.MODIFIED, work)
-                continue
             if not path:
                 # A root that is a single file.
                 batch.look(root, path, Kind.MODIFIED, work)
                 continue
-            if status is None or (status.st_dev, status.st_ino) != (name.dev, name.ino):
-                continue
-            self._kept_name = (root, name.dev, name.ino, path)
-            known = self._index.get(root, path)
-            # It was read after the name was lost, as that changed its ctime.
-            if known is None or not known.is_unchanged(status):
+            try:
+                status = self._lstat(root, path)
+            except _Unobservable:
                 batch.look(root, path, Kind.MODIFIED, work)
-            break
+                continue
+            if status is not None and (status.st_dev, status.st_ino) == inode:
+                self._kept_name = {(root, inode): (path,)}
+                batch.look(root, path, Kind.MODIFIED, work)
+                break
         return found
 
     def _look_behind(self, batch: Batch, root: int, path: bytes, status: os.stat_result | None, work: Work) -> None:
@@ -771,10 +776,7 @@ class Planner:
         for dev, ino in item.inodes:
             if status is not None and (status.st_dev, status.st_ino) == (dev, ino):
                 continue
-            for number in range(len(self._roots)):
-                for other in self._index.by_inode(number, dev, ino):
-                    if (number, other.path) != (root, path):
-                        batch.look(number, other.path, Kind.MODIFIED, work)
+            self._look_at_another_name(batch, (dev, ino), root, path, work)
 
     def _names_besides(self, name: Known) -> list[Known]:
         """The other names of a file, in any root, as far as the index knows them."""
@@ -1067,7 +1069,9 @@ class Planner:
     # --- files
 
     def _file(self, batch: Batch, seen: Observed, known: Known | None, force: bool, work: Work, handle: int) -> None:
-        if known is not None and known.same_identity(seen) and not force:
+        inode = (seen.root, seen.dev, seen.ino, seen.ctime_ns)
+        # Whoever said that it changed did so before this batch was taken, and it was read since.
+        if known is not None and known.same_identity(seen) and (not force or inode in batch.read):
             return
         if self._unreadable.get((seen.root, seen.path)) == seen.ctime_ns and not force:
             return
@@ -1116,6 +1120,8 @@ class Planner:
         # While it was not seen unchanged during a read it is fuzzy: its content must be read to be known.
         entry = entry if same and started - seen.ctime_ns > _RACY_NS else replace(entry, ctime_ns=0)
         self._index.put(entry)
+        if seen.nlink > 1 and entry.ctime_ns:
+            batch.read.add(inode)
         if self._content_sent or known is None or (known.dev, known.ino) != (seen.dev, seen.ino):
             self._disown(seen, names)
         for name in names:

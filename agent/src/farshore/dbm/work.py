@@ -98,6 +98,8 @@ class Batch:
     walks: list[tuple[int, bytes, Work, Depth]] = field(default_factory=list)
     todo: list[tuple[int, bytes, Kind, Work]] = field(default_factory=list)
     vanished: list[tuple[int, bytes, Work, bool]] = field(default_factory=list)
+    #: Root, inode and ctime of the files with several names that were read for it: each of them need not be read anew.
+    read: set[tuple[int, int, int, int]] = field(default_factory=set)
 
     @classmethod
     def of(cls, items: list[Dirty]) -> Batch:
