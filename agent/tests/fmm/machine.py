@@ -25,6 +25,7 @@ import random
 import shutil
 import signal
 import stat
+import subprocess
 import sys
 import tempfile
 import time
@@ -41,7 +42,7 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import seed as seeded
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
-from mirrored import GENEROUS, Mirrored, can_lower, lowered
+from mirrored import Mirrored, can_lower, lowered
 
 from farshore.fmm import Root
 from farshore.fmm.factory import ENGINES
@@ -56,8 +57,64 @@ _SIZES = [0, 10, 10, 3000, 66_000, 150_000]
 _MOST_ENTRIES = 120
 _LONGEST = 3000
 _TINY = 4
-#: Seconds within which a write through a mapping that stays must be found.
-_SWEEP_SECONDS = GENEROUS
+
+
+class Mapper:
+    """A process that writes files through mappings: those of the watcher's own process it takes no notice of."""
+
+    _PROGRAM = """
+import mmap, os, sys
+mapped = {}
+for line in sys.stdin:
+    what, number, *rest = line.split()
+    try:
+        if what == "map":
+            handle = os.open(bytes.fromhex(rest[0]), os.O_RDWR)
+            try:
+                mapped[number] = mmap.mmap(handle, 0)
+            finally:
+                os.close(handle)
+        elif what == "unmap":
+            mapped.pop(number).close()
+        elif (size := min(mapped[number].size(), len(mapped[number]))):
+            # Beyond the end of a file that was truncated, a touch would be a signal.
+            mapped[number][int(rest[0]) % size] ^= int(rest[1])
+        print("done", flush=True)
+    except (OSError, ValueError) as error:
+        print(error, flush=True)
+"""
+
+    def __init__(self) -> None:
+        command = [sys.executable, "-S", "-E", "-c", self._PROGRAM]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._last = 0
+
+    def map(self, path: bytes) -> int:
+        """Map a file; its number. Raises ValueError when that cannot be done."""
+        self._last += 1
+        self._say("map", self._last, path.hex())
+        return self._last
+
+    def touch(self, number: int, at: int, change: int) -> None:
+        """Change one byte."""
+        self._say("touch", number, at, change)
+
+    def unmap(self, number: int) -> None:
+        """Give it up, which closes the file."""
+        self._say("unmap", number)
+
+    def _say(self, *words: object) -> None:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        print(*words, file=self._process.stdin, flush=True)
+        if (answer := self._process.stdout.readline()) != "done\n":
+            raise ValueError(answer)
+
+    def close(self) -> None:
+        """End the process, and with it all mappings."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.stdout.close()
+        self._process.wait()
 
 
 class Changes:
@@ -67,8 +124,9 @@ class Changes:
         self._protected = tops
         self._outside = outside
         self._filters = {top: Filter(Root(top, exclude=exclude)) for top in tops}
-        #: Each with the descriptor that it was made with.
-        self.mapped: list[tuple[mmap.mmap, int]] = []
+        self._mapper = Mapper()
+        #: Each mapping by its number, with a descriptor that tells where the name is by which it was made.
+        self.mapped: list[tuple[int, int]] = []
         self.handles: list[int] = []
         #: Of files that were written through a mapping, which changes their times only now and then.
         self.silent: list[int] = []
@@ -97,6 +155,7 @@ class Changes:
             os.close(handle)
         self.handles.clear()
         self.silent.clear()
+        self._mapper.close()
 
     def give_new_times(self) -> None:
         """What was written through mappings shows, as it does sooner or later, when the kernel has written it back."""
@@ -220,32 +279,25 @@ class Changes:
         path = self._file(a)
         if len(self.mapped) > 5:
             raise ValueError
-        handle = os.open(path, os.O_RDWR)
-        try:
-            self.mapped.append((mmap.mmap(handle, 0), handle))
-        except BaseException:
-            os.close(handle)
-            raise
+        number = self._mapper.map(path)
+        self.mapped.append((number, os.open(path, os.O_RDONLY)))
         self._touch_mapped(len(self.mapped) - 1, b, c)
 
     def _touch_mapped(self, a: int, b: int, c: int) -> None:
         if not self.mapped:
             raise ValueError
-        mapped, handle = self.mapped[a % len(self.mapped)]
+        number, handle = self.mapped[a % len(self.mapped)]
         self._through_handle(handle)
-        # Beyond the end of a file that was truncated, a touch would be a signal.
-        if mapped.size():
-            self.silent.append(os.dup(handle))
-            at = b * 1000 % min(mapped.size(), len(mapped))
-            mapped[at] ^= 1 + c % 255
+        self.silent.append(os.dup(handle))
+        self._mapper.touch(number, b * 1000, 1 + c % 255)
 
     def _unmap(self, a: int, b: int, c: int) -> None:
         if not self.mapped:
             raise ValueError
-        mapped, handle = self.mapped.pop(a % len(self.mapped))
+        number, handle = self.mapped.pop(a % len(self.mapped))
         # What was written is told of now.
         self._through_handle(handle)
-        mapped.close()
+        self._mapper.unmap(number)
         os.close(handle)
 
     def _hold(self, a: int, b: int, c: int) -> None:
@@ -436,8 +488,6 @@ class Machine(RuleBasedStateMachine):
     """What may be done to a mirror. ``engine`` watches it; ``counts`` tells what was done."""
 
     engine: ClassVar[str] = "inotify"
-    #: Mappings stay over a flush: what is written through them is found within seconds then.
-    keeps_mapped: ClassVar[bool] = False
     counts: ClassVar[Counter[str]] = Counter()
     #: The steps that led to the last failure, for ``replay``.
     failed: ClassVar[list[Step]] = []
@@ -635,10 +685,10 @@ class Machine(RuleBasedStateMachine):
             (root / "other").write_bytes(b"another root")
             shutil.rmtree(old)
 
-    @rule()
+    @rule(unmaps=st.booleans())
     @_step
-    def check(self) -> None:
-        """After a flush the trees are identical."""
+    def check(self, unmaps: bool = True) -> None:
+        """After a flush the trees are identical, also when files stay mapped."""
         mirrored = self.mirrored
         assert mirrored is not None
         mirrored.release()
@@ -646,7 +696,7 @@ class Machine(RuleBasedStateMachine):
             self.root_back(same=True)
         if not self.is_on:
             self.start()
-        if not self.keeps_mapped:
+        if unmaps:
             self.changes.unmap()
         if self.lost or self.changes.unseen:
             self.changes.give_new_times()
@@ -662,11 +712,6 @@ class Machine(RuleBasedStateMachine):
         self.paused = False
         mirrored.flush()
         found = mirrored.differences()
-        deadline = time.monotonic() + _SWEEP_SECONDS
-        while found and self.changes.mapped and time.monotonic() < deadline:
-            time.sleep(0.2)
-            mirrored.flush()
-            found = mirrored.differences()
         self.changes.forget_silent()
         self.counts["flushes"] += 1
         if found:
@@ -782,15 +827,11 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=5.0, metavar="N", help="default: %(default)g")
     parser.add_argument("--engine", choices=[name for name in ENGINES if name != "auto"], default="inotify")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().getrandbits(32), metavar="N")
-    parser.add_argument(
-        "--kept-mapped", action="store_true", help="files stay mapped over a flush, and are found within seconds"
-    )
     parser.add_argument("--report", type=Path, metavar="FILE", help="write the figures there, as JSON")
     parser.add_argument("--replay", type=Path, metavar="FILE", help="do the steps of a failure in FILE, as it is told")
     parser.add_argument("--reduce", type=int, metavar="TRIES", help="and find those that it takes, in so many tries")
     options = parser.parse_args()
     logging.getLogger("farshore").setLevel(logging.CRITICAL)
-    Machine.keeps_mapped = options.kept_mapped
     if options.replay is not None:
         steps = ast.literal_eval(options.replay.read_text())
         if options.reduce is not None:
