@@ -698,8 +698,9 @@ class Machine(RuleBasedStateMachine):
             self.start()
         if unmaps:
             self.changes.unmap()
-        if self.lost or self.changes.unseen:
+        if (self.lost or self.changes.unseen) and self.changes.silent:
             self.changes.give_new_times()
+            self.changes.unseen = True
         self.lost = False
         if self.changes.unseen:
             self.changes.unseen = False
