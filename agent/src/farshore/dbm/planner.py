@@ -1041,7 +1041,7 @@ class Planner:
     def _sync_directory(self, batch: Batch, seen: Observed, known: Known | None, work: Work) -> None:
         if known is None:
             self._emit(MakeDir(seen.root, seen.path, self._meta(seen)))
-            batch.walk(seen.root, seen.path, work)
+            batch.walk(seen.root, seen.path, work, Depth.THOROUGH)
         else:
             if known.ino != seen.ino and known.ino:
                 batch.walk(seen.root, seen.path, work)

@@ -120,8 +120,11 @@ class Batch:
         self.todo.append((root, path, kind, work))
 
     def walk(self, root: int, path: bytes, work: Work, depth: Depth = Depth.DEEP) -> None:
-        """Look at everything in the directory ``path``, once, when all that is to be looked at was."""
-        if not self.walks or self.walks[-1] != (root, path, work, depth):
+        """Look at everything in the directory ``path``, once, when all that is to be looked at was.
+
+        Whoever asks first says how deep: that it is new is known before that it is in doubt.
+        """
+        if not self.walks or self.walks[-1][:3] != (root, path, work):
             work.left += 1
             self.walks.append((root, path, work, depth))
 
