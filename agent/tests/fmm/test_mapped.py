@@ -147,6 +147,22 @@ def test_all_that_is_mapped_is_told_when_asked(mapped: Mapped, tmp_path: Path) -
         assert mapped.look(all_now=True) == [hint]
 
 
+def test_a_process_that_maps_another_file_of_the_same_size_is_seen_later(
+    mapped: Mapped, clock: Clock, tmp_path: Path
+) -> None:
+    """The size of its memory is what it was; now and then, all are asked."""
+    with mapper(tmp_path / "top/f") as process:
+        mapped.look()
+        size = next(iter(mapped._told.values()))[0]
+        mapped._told = {str(process.process.pid).encode(): (size, [])}
+        seen = []
+        for _ in range(6):
+            clock.now += 5
+            seen.append(mapped.count)
+            mapped.look()
+        assert seen[1:4] == [0, 0, 0] and mapped.count == 1
+
+
 def test_what_is_not_protected_is_not_looked_at(mapped: Mapped, tmp_path: Path) -> None:
     (tmp_path / "outside").write_bytes(bytes(100))
     with mapper(tmp_path / "top/x.tmp"), mapper(tmp_path / "outside"):
@@ -186,7 +202,8 @@ def test_processes_that_may_not_be_looked_into_are_a_problem(
     tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "proc/17").mkdir(parents=True)
-    (tmp_path / "proc/17/maps").touch()
+    for name in ("maps", "statm"):
+        (tmp_path / "proc/17" / name).touch()
     mapped = Mapped([Root(os.fsencode(tmp_path))], clock=clock, proc=tmp_path / "proc")
     real = open
 

@@ -1,6 +1,7 @@
 """Files that are written through shared mappings, of which the kernel reports nothing until they are unmapped.
 
-Who has such a mapping is told by /proc/PID/maps (proc(5)). The first write to a page since it was written back sets the
+Who has such a mapping is told by /proc/PID/maps (proc(5)); whose memory has the size that it had is mostly not asked
+again. The first write to a page since it was written back sets the
 file's modification time, on all filesystems that have a disk; so that is looked at every second. Further writes to the
 same page change nothing that stat tells, and on filesystems in memory none does: so the content is compared now and
 then as well, at a pace that costs little.
@@ -25,7 +26,9 @@ _log = Log(__name__)
 #: Seconds between looks at the files, and between searches for them: these take so much longer the more they cost.
 _LOOK_SECONDS = 1.0
 _FIND_SECONDS = (4.0, 20.0)
-_FIND_SHARE = 1 / 1500
+_FIND_SHARE = 1 / 2500
+#: Every so many searches, all processes are asked.
+_THOROUGH = 5
 #: A content is compared after so many seconds, and so many more for each byte, while the file was written lately.
 _CONTENT_SECONDS = 8.0
 _CONTENT_SECONDS_PER_BYTE = 1 / 50e6
@@ -70,6 +73,9 @@ class Mapped:
         self._files: dict[tuple[bytes, bytes], _File] = {}
         self._own = b"%d" % os.getpid()
         self._next_look = self._next_find = float("-inf")
+        #: By process, the size of its memory, and the mappings that it had.
+        self._told: dict[bytes, tuple[bytes, list[tuple[bytes, bytes, bytes]]]] = {}
+        self._searches = 0
         #: Why some may be missed, "" when none are.
         self.problem = ""
 
@@ -86,7 +92,7 @@ class Mapped:
         self._next_look = now + _LOOK_SECONDS
         found = []
         if now >= self._next_find or all_now:
-            found = self._find(now)
+            found = self._find(now, thorough=all_now)
         for file in self._files.values():
             if self._is_due(file, now) or all_now:
                 file.compared = now
@@ -104,25 +110,29 @@ class Mapped:
             pause = max(pause, _RESTED_SECONDS)
         return now - file.compared >= pause
 
-    def _find(self, now: float) -> list[Hint]:
-        """Search all processes; returns the hints of files that are not mapped any more, or are new."""
+    def _find(self, now: float, thorough: bool) -> list[Hint]:
+        """Search all processes; returns the hints of files that are not mapped any more."""
         before, self._files = self._files, {}
+        told, self._told = self._told, {}
+        self._searches += 1
+        if thorough or self._searches % _THOROUGH == 0:
+            told = {}
         denied = 0
         kinds: dict[int, str] | None = None
         for process in os.listdir(self._proc):
             if not process.isdigit() or process == self._own:
                 continue
             try:
-                with open(os.path.join(self._proc, process, b"maps"), "rb", buffering=0) as maps:
-                    text = maps.read()
+                size = self._read(process, b"statm").split(b" ", 1)[0]
+                last = told.get(process)
+                mappings = last[1] if last is not None and last[0] == size else self._mappings(process)
             except PermissionError:
                 denied += 1
                 continue
             except OSError:
                 continue
-            if _SHARED not in text:
-                continue
-            for device, inode, path in _WRITABLE.findall(text):
+            self._told[process] = size, mappings
+            for device, inode, path in mappings:
                 key = (device, inode)
                 if key in self._files:
                     continue
@@ -138,6 +148,14 @@ class Mapped:
         self._note(denied)
         # The kernel reports the end of a mapping, but not of one in a file that others have open still.
         return [file.hint for file in before.values()]
+
+    def _mappings(self, process: bytes) -> list[tuple[bytes, bytes, bytes]]:
+        text = self._read(process, b"maps")
+        return _WRITABLE.findall(text) if _SHARED in text else []
+
+    def _read(self, process: bytes, name: bytes) -> bytes:
+        with open(os.path.join(self._proc, process, name), "rb", buffering=0) as file:
+            return file.read()
 
     def _resolve(self, process: bytes, inode: int, path: bytes, kinds: dict[int, str], now: float) -> _File | None:
         """What is to be looked at, if the file may be protected: its path or, where that is another's, its inode."""
