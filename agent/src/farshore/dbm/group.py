@@ -457,6 +457,8 @@ class Group:
         """What a replica has to do now and then."""
         while True:
             await asyncio.sleep(_TEND_SECONDS)
+            if self._applier is None and not self._not_taken_up:
+                continue
             with contextlib.suppress(RuntimeError, BeingReplaced):
                 await self._in_worker(self._work)
                 applier = self._applier

@@ -86,6 +86,7 @@ _log = Log(__name__)
 _CODEC: wire.Codec[FromReplica] = wire.Codec(FromReplica)
 
 _PING_SECONDS = 5.0
+_MIND_SECONDS = 2.5
 _PONG_SECONDS = 30.0
 #: A commit may have to write back much; a dead peer is noticed by TCP long before.
 _ANSWER_SECONDS = 600.0
@@ -1084,7 +1085,8 @@ class Sender:
         """Notice a replica that is silent for too long, and a root that is there again."""
         asked = 0.0
         while True:
-            await asyncio.sleep(1)
+            # Every second only while something is amiss: a source at rest should rest.
+            await asyncio.sleep(1.0 if self._absent() or self._flights else _MIND_SECONDS)
             if self._planner is not None and self._planner.absent_roots:
                 # One that was away for a moment only has not changed for the watcher.
                 self._dirty.mark(dirty_everything(list(self._planner.absent_roots)), time.monotonic())
