@@ -432,6 +432,21 @@ def test_a_write_through_a_name_outside_is_found_by_a_scan(mirror: Mirror) -> No
     mirrored.check()
 
 
+def test_a_write_to_a_file_that_was_opened_by_a_name_that_is_gone_is_found_by_a_scan(mirror: Mirror) -> None:
+    mirrored = mirror()
+    top, _ = begin(mirrored)
+    os.link(top / "f", top / "l")
+    with (top / "f").open("ab", buffering=0) as file:
+        mirrored.check()
+        (top / "f").unlink()
+        mirrored.check()
+        file.write(b"of the other name now")
+        mirrored.flush()
+        mirrored.pause()
+        mirrored.resume()
+        mirrored.check()
+
+
 # --- the root
 
 

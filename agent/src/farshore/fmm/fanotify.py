@@ -172,7 +172,8 @@ class FanotifyWatcher(Engine[_Watched]):
 
     Hints are as those of the inotify engine. What fanotify cannot tell, so that a periodic scan must: writes through a
     mapping that is never unmapped; changes that other machines make on a network filesystem. A change through another
-    hard link is reported for the name that was used, wherever on the filesystem that lies.
+    hard link is reported for the name that was used, wherever on the filesystem that lies; for none, if that name was
+    removed while somebody goes on writing to what he opened by it.
 
     ``reads`` also reports (as ATTRIBUTES) files that were only read. ``cookies`` is a directory of our own, by default
     a temporary one, for the changes by which ``drain`` proves that it has seen all. ``clock`` is a monotonic clock.

@@ -175,10 +175,10 @@ class InotifyWatcher(Engine[_Watched]):
 
     What inotify cannot tell, so that a periodic scan must: writes through a mapping that is never
     unmapped; a change through another hard link that came and went before anybody could look at it (else, such a change
-    is reported for the name that was used only);
-    a filesystem mounted over a directory below a root, or, for a root with ``one_filesystem``, what lay under one that
-    was mounted when it began to watch, and is not any more; changes that other machines make on a
-    network filesystem.
+    is reported for the name that was used only), or that was removed while somebody goes on writing to what he opened
+    by it; a filesystem mounted over a directory below a root, or, for a root with ``one_filesystem``, what lay under one
+    that was mounted when it began to watch, and is not any more; changes that other machines make on a network
+    filesystem.
 
     ``reads`` also reports (as ATTRIBUTES) files that were only read. ``cookies`` is a directory of our own, by default
     a temporary one, for the changes by which ``drain`` proves that it has seen all. ``clock`` is a monotonic clock.
