@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from farshore.dbm import census as census_module
 from farshore.dbm import planner as planning
 from farshore.dbm.census import Census
 from farshore.dbm.messages import FromSource, MakeDir, Move, Put, Remove
 from farshore.dbm.work import Batch, Work
-from farshore.fmm import Hint, Kind
+from farshore.fmm import Hint, Kind, Root
 from farshore.fmm.dirty import Dirty
 from farshore.fmm.patterns import Filter
 from farshore.fmm.sums import NOTHING, Room, mark
@@ -52,6 +55,7 @@ class Assisted(Source):
             for each in batches:
                 sent += self.all(each)
         assert [work.left for work in works] == [0] * len(works)
+        self.planner.note_rules()
         return sent
 
 
@@ -152,6 +156,66 @@ def test_a_directory_that_cannot_be_read_does_not_hide_what_is_below(
     monkeypatch.setattr(Room, "sum_up", sum_up)
     (source.tree / "a/b/one").write_text("changed")
     assert paths_of(source.settle(), Put) == [b"a/b/one"]
+
+
+def test_what_was_filled_below_a_directory_that_cannot_be_read_is_found(
+    source: Assisted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was known as empty, so that nothing tells what lies below it."""
+    real = Room.sum_up
+
+    def sum_up(self: Room, root: int, paths: list[bytes], key: int) -> object:
+        summed = real(self, root, paths, key)  # type: ignore[arg-type]
+        return [(None, []) if path == b"." else found for path, found in zip(paths, summed, strict=True)]
+
+    monkeypatch.setattr(Room, "sum_up", sum_up)
+    (source.tree / "empty/new").write_text("x")
+    assert paths_of(source.settle(), Put) == [b"empty/new"]
+
+
+def test_all_below_what_cannot_be_listed_is_looked_at(source: Assisted, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, refused = Room.sum_up, []
+
+    def sum_up(self: Room, root: int, paths: list[bytes], key: int) -> object:
+        summed = real(self, root, paths, key)  # type: ignore[arg-type]
+        return [(None, []) if path == b"a" else found for path, found in zip(paths, summed, strict=True)]
+
+    def scandir(path: bytes) -> object:
+        refused.append(path)
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(Room, "sum_up", sum_up)
+    monkeypatch.setattr(census_module, "os", SimpleNamespace(**{**vars(os), "scandir": scandir}))
+    (source.tree / "a/b/one").write_text("changed")
+    assert paths_of(source.settle(), Put) == [b"a/b/one"]
+    assert refused
+
+
+def test_a_census_that_is_stopped_has_no_result(source: Assisted) -> None:
+    (source.tree / "a/b/one").write_text("changed")
+    work = Work(Dirty(0, b"", Kind.RESCAN, 0, 0))
+    census = Census(0, os.fsencode(source.tree), b"", Filter(source.root), *source.index.sums(0, b""), work)
+    census.stop()
+    census.run()
+    assert census.differing is None
+
+
+def test_what_new_rules_leave_out_is_forgotten_first(tmp_path: Path) -> None:
+    source = Assisted(tmp_path)
+    (source.tree / "d").mkdir()
+    for name in ("a", "b"):
+        (source.tree / "d" / name).write_text(name)
+    source.settle()
+    source.settle()
+    # Only a walk forgets what is known and left out by now; sums would be equal.
+    source.root = Root(source.root.path, exclude=("a",))
+    source.planner = planning.Planner(source.index, [source.root], 1, assisted=True)
+    assert source.settle() == []
+    assert source.found == []
+    assert source.index.get(0, b"d/a") is None and source.index.get(0, b"d/b") is not None
+    source.settle()
+    assert source.found == [b"d"]
+    source.index.close()
 
 
 def test_a_census_that_fails_has_everything_looked_at(source: Assisted, monkeypatch: pytest.MonkeyPatch) -> None:

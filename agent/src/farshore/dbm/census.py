@@ -13,6 +13,7 @@ import threading
 
 from farshore.dbm.work import Work
 from farshore.fmm.patterns import Filter
+from farshore.fmm.scanner import ABSENT
 from farshore.fmm.sums import NOTHING, Room, Sum
 from farshore.log import Log
 
@@ -26,8 +27,9 @@ class Census:
     """One comparison: of the directory ``path`` of root number ``root``, and all below it, for ``work``.
 
     ``key`` is that of the marks, ``known`` has the sums of all directories that hold anything by the index. What the
-    index takes up later is seen as different, and looked at in vain. ``differing`` is found by ``run``: the directories
-    to be listed, each after those that it lies in; None when that could not be found out.
+    index takes up later is seen as different, and looked at in vain. ``run`` finds ``differing``, the directories to be
+    listed, each after those that it lies in, None when that could not be found out; and ``unknown``, those below which
+    nothing could be found out. Any thread may call ``stop``.
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class Census:
         self.path = path
         self.work = work
         self.differing: list[bytes] | None = None
+        self.unknown: list[bytes] = []
         self._root_path = root_path
         self._filter = filter
         self._key = key
@@ -46,6 +49,10 @@ class Census:
         self._lock = threading.Lock()
         self._open_parts = 0
         self._failed = False
+
+    def stop(self) -> None:
+        """Have it end soon, without a result."""
+        self._failed = True
 
     def run(self) -> None:
         """Do it; blocks. Raises nothing."""
@@ -75,7 +82,8 @@ class Census:
         room = Room()
         while (part := self._parts.get()) is not None:
             try:
-                self._compare(top, part, room)
+                if not self._failed:
+                    self._compare(top, part, room)
             except Exception as error:
                 self._failed = True
                 _log.error("comparing by directories failed", error, root=self._root_path)
@@ -101,8 +109,8 @@ class Census:
             if there != expected:
                 self._found.append(path)
                 if there is None:
-                    # Whoever lists it finds out why, and goes on below it.
-                    below += self._known_below(path)
+                    # Whoever lists it finds out why, but does not go on below it.
+                    below += self._directories_in(path)
                     continue
             if expected is NOTHING:
                 # New, or filled since: all below it is looked at by whoever lists it.
@@ -113,11 +121,14 @@ class Census:
         if below and not self._failed:
             self._hand_out(below)
 
-    def _known_below(self, path: bytes) -> list[bytes]:
+    def _directories_in(self, path: bytes) -> list[bytes]:
+        """The directories in one that could not be summed up; if it cannot be listed, all below is unknown."""
         try:
             with os.scandir(os.path.join(self._root_path, path)) as entries:
                 names = [os.fsencode(entry.name) for entry in entries if entry.is_dir(follow_symlinks=False)]
-        except OSError:
+        except OSError as error:
+            if error.errno not in ABSENT:
+                self.unknown.append(path)
             return []
         prefix = path + b"/" if path else b""
-        return [prefix + name for name in names if prefix + name in self._known]
+        return [prefix + name for name in names if self._filter.allows(prefix + name, True)]

@@ -39,6 +39,8 @@ _WRITE_BACK_NS = 600 * 10**9
 ROOTS = "roots"
 #: Whether the replica may hold transactions of a state that is not complete.
 OPEN = "open"
+#: The rules, of what is protected below the roots, by which everything was looked at.
+RULES = "rules"
 #: The key of the entries' marks.
 _KEY = "key"
 _INT64 = 1 << 63

@@ -19,7 +19,7 @@ from msgspec.structs import replace
 
 from farshore.dbm import wire
 from farshore.dbm.census import Census
-from farshore.dbm.index import Index, Known, clamp_time, parent_of
+from farshore.dbm.index import RULES, Index, Known, clamp_time, parent_of
 from farshore.dbm.messages import (
     INLINE_MAX,
     Begin,
@@ -129,6 +129,7 @@ class Planner:
         self._roots = roots
         self._epoch = epoch
         self._filters = [Filter(root) for root in roots]
+        self._rules = repr(roots).encode()
         self._limited = [limits.is_limited(root) for root in roots]
         self._boundaries = limits.Boundaries(roots)
         #: What is looked at again when it is old enough to be sent, and what the limits leave alone.
@@ -251,8 +252,9 @@ class Planner:
         if census.differing is None:
             batch.walk(census.root, census.path, work, Depth.THOROUGH)
         else:
+            unknown = set(census.unknown)
             for path in reversed(census.differing):
-                batch.walk(census.root, path, work, Depth.SHALLOW)
+                batch.walk(census.root, path, work, Depth.THOROUGH if path in unknown else Depth.SHALLOW)
             batch.look(census.root, census.path, _LISTED, work)
         work.left -= 1  # that it waited for the census
         return batch
@@ -444,8 +446,21 @@ class Planner:
                 self._index.remove(root, child)
 
     def _is_large(self, root: int, path: bytes) -> bool:
-        """Whether so much is known below a directory that it is worth comparing it by directories."""
-        return self._assisted and not self.view.still and self._index.has_below(root, path, _MANY_PATHS)
+        """Whether so much is known below a directory that it is worth comparing it by directories.
+
+        Not while the index may know what the rules leave alone by now: only who lists it forgets it.
+        """
+        if not self._assisted or self.view.still or not self._rules_applied():
+            return False
+        return self._index.has_below(root, path, _MANY_PATHS)
+
+    def _rules_applied(self) -> bool:
+        return self._index.get_fact(RULES) == self._rules
+
+    def note_rules(self) -> None:
+        """Everything was looked at by the roots' rules."""
+        if not self._rules_applied():
+            self._index.set_fact(RULES, self._rules)
 
     def _look(self, batch: Batch, root: int, path: bytes, kind: Kind, work: Work) -> None:
         self.looked_at += 1
@@ -756,6 +771,8 @@ class Planner:
             if not path:
                 # A root that is a single file.
                 batch.look(root, path, Kind.MODIFIED, work)
+                continue
+            if not self._filters[root].allows(path, False):
                 continue
             try:
                 status = self._lstat(root, path)

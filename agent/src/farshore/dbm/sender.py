@@ -242,6 +242,7 @@ class Sender:
         self._on_confirmed = on_confirmed
         self._on_stale = on_stale
         self._worker = ThreadPoolExecutor(1, thread_name_prefix=f"source-{group}")
+        self._counter = ThreadPoolExecutor(1, thread_name_prefix=f"census-{group}")
         self._loop = asyncio.get_running_loop()
         self._index_path = index_path
         self._pending_path = index_path.with_name("pending")
@@ -443,6 +444,7 @@ class Sender:
             # Whoever comes next opens the same files.
             await asyncio.shield(self._loop.run_in_executor(self._worker, self._close_index))
             self._worker.shutdown(wait=False)
+            self._counter.shutdown(wait=False, cancel_futures=True)
             if self._snapshots is not None:
                 # A snapshot that is under way ends first, and whoever stands still for it is awake then.
                 await asyncio.shield(self._loop.run_in_executor(self._snapshots.thread, self._snapshots.recover))
@@ -494,6 +496,8 @@ class Sender:
         """What was not acknowledged is dirty again."""
         works, self._works = list(self._works), {}
         cycle, self._cycle = self._cycle, None
+        for census in self._counting:
+            census.stop()
         self._batches.clear()
         self._ended.clear()
         self._flights.clear()
@@ -840,6 +844,8 @@ class Sender:
         if not self._told_in_step and not self._absent():
             self._told_in_step = True
             self._doubted.clear()
+            if self._planner is not None:
+                await self._in_worker(self._planner.note_rules)
             await self.send([wire.frame(InStep())])
             _log.info("in step", group=self._group, paths=await self._in_worker(index.count))
         await self._note_progress()
@@ -864,7 +870,7 @@ class Sender:
         while True:
             census = await self._censuses.get()
             started = time.monotonic()
-            await self._loop.run_in_executor(None, census.run)
+            await self._loop.run_in_executor(self._counter, census.run)
             self._batches.append(await self._in_worker(planner.take_up, census))
             self._counting.remove(census)
             self._looked.set()
@@ -895,9 +901,13 @@ class Sender:
         """Return when all was looked at that was marked below ``mark``, or was taken before."""
         await self._until_looked(lambda: not self._dirty.waits_below(mark))
         # What is taken later changed later, and is not waited for: that might never end.
+        # Of what was taken, batches may begin censuses, whose results are batches again.
+        await self._batches_end(self._batches[:])
         censuses = self._counting[:]
         await self._until_looked(lambda: not any(each in self._counting for each in censuses))
-        batches = self._batches[:]
+        await self._batches_end(self._batches[:])
+
+    async def _batches_end(self, batches: list[Batch]) -> None:
         await self._until_looked(lambda: not any(each is there for each in batches for there in self._batches))
 
     async def _until_looked(self, condition: Callable[[], bool]) -> None:

@@ -195,7 +195,11 @@ class Engine(ABC, Generic[R]):
         proof = self._has_proof and self._cookies.make()
         left = self._queued()
         while self._fd == fd and (self._cookies.expected if proof else left > 0):
+            overflows = self._overflows
             size = self._read()
+            if self._overflows > overflows:
+                # All is in doubt, and watched anew, perhaps by a descriptor of the same number.
+                return
             if not size:
                 if proof:
                     # Events are queued before the change that they tell of has returned.
@@ -215,6 +219,8 @@ class Engine(ABC, Generic[R]):
         self._begin_again()
 
     def _begin_again(self) -> None:
+        # What was made before will not be told of.
+        self._cookies.expected = b""
         self._shut()
         self._open()
         for root in self._roots:

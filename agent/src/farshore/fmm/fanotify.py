@@ -50,6 +50,7 @@ _EVENTS = fan.CREATE | fan.DELETE | fan.RENAME | fan.MODIFY | fan.ATTRIB | fan.C
 _ENTRY = fan.CREATE | fan.DELETE
 # Not O_PATH: handles cannot be opened through such a descriptor.
 _HANDLE = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+_IS_GONE = ABSENT | {errno.ESTALE}
 #: Paths of directories that are remembered, most of them of such as are not protected.
 _MOST_PATHS = 200_000
 
@@ -60,6 +61,7 @@ _REMEDIES = REMEDIES | {
     errno.ENODEV: "this filesystem cannot be watched as a whole; let inotify watch",
     errno.EOPNOTSUPP: "this filesystem has no file handles; let inotify watch",
     errno.EXDEV: "this subvolume cannot be watched as a whole; let inotify watch",
+    errno.ENOTDIR: "it is mounted on a single file",
     errno.ENOSPC: "the limit on marks is reached; raise it: sysctl -w fs.fanotify.max_user_marks=1048576",
 }
 
@@ -132,19 +134,21 @@ class _Mount:
 
     __slots__ = ("device", "fsid", "listed", "path")
 
-    def __init__(self, path: bytes, marked: set[int]) -> None:
+    def __init__(self, path: bytes, listed: int | None) -> None:
         self.path = path
         self.device = os.stat(path).st_dev
         self.fsid = fan.filesystem_of(path)
-        #: Not so where stat tells of another device than the kernel's list, as for subvolumes of Btrfs.
-        self.listed = self.device in marked
+        #: Its device in the kernel's list of marks, which is not what stat tells on Btrfs; None if that is not known.
+        self.listed = listed
 
-    def is_same(self, marked: set[int]) -> bool:
+    def is_same(self, marked: set[int], mounts_changed: bool) -> bool:
         """Whether its filesystem is still there, and still marked."""
         try:
-            return os.stat(self.path).st_dev == self.device and (not self.listed or self.device in marked)
+            if os.stat(self.path).st_dev != self.device:
+                return False
         except OSError:
             return False
+        return not mounts_changed if self.listed is None else self.listed in marked
 
 
 class _Watched(Protected):
@@ -171,9 +175,9 @@ class FanotifyWatcher(Engine[_Watched]):
     """Watches directory trees and single files with fanotify (the Watcher protocol of ``types``).
 
     Hints are as those of the inotify engine. What fanotify cannot tell, so that a periodic scan must: writes through a
-    mapping that is never unmapped; changes that other machines make on a network filesystem. A change through another
-    hard link is reported for the name that was used, wherever on the filesystem that lies; for none, if that name was
-    removed while somebody goes on writing to what he opened by it.
+    mapping that is never unmapped; changes that other machines make on a network filesystem, or on this one through a
+    server in the kernel. A change through another hard link is reported for the name that was used, if that lies in a
+    root; for none, if that name was removed while somebody goes on writing to what he opened by it.
 
     ``reads`` also reports (as ATTRIBUTES) files that were only read. ``cookies`` is a directory of our own, by default
     a temporary one, for the changes by which ``drain`` proves that it has seen all. ``clock`` is a monotonic clock.
@@ -247,6 +251,8 @@ class FanotifyWatcher(Engine[_Watched]):
                 self._told(where, _FROM, is_directory, True)
                 self._told(to, _TO, is_directory, True)
                 if is_directory:
+                    self._doubt_moved(where)
+                    self._doubt_moved(to)
                     # It, and all below, have other paths now.
                     self._paths.clear()
                     self._check_now = True
@@ -263,7 +269,13 @@ class FanotifyWatcher(Engine[_Watched]):
         if places is None:
             if len(self._paths) >= _MOST_PATHS:
                 self._paths.clear()
-            places = self._paths[key] = self._find(fsid, handle)
+            try:
+                places = self._paths[key] = self._find(fsid, handle)
+            except OSError as error:
+                # Not that it is gone: who knows what it was.
+                log.warning("a directory cannot be found; looking at everything again", reason=_reason(error))
+                self._doubt_all()
+                return
         for root, base in places:
             if base is None:
                 self._file_event(root, name, bits, is_directory)
@@ -284,13 +296,26 @@ class FanotifyWatcher(Engine[_Watched]):
                 if root.plain or root.filter.allows(above, True):
                     root.mark(above, PARENT)
 
+    def _doubt_moved(self, entry: fan.Entry) -> None:
+        """A directory was moved from or to a place: if a root lies there, events may have been resolved to nothing."""
+        fsid, handle, name = entry
+        with contextlib.suppress(OSError):
+            for mount in self._mounts.get(fsid, ()):
+                above = self._path_of(mount, handle)
+                if above is None:
+                    continue
+                path = os.path.join(above, name)
+                for root in self._roots:
+                    if root.real == path or root.real.startswith(path + b"/"):
+                        root.mark(b"", RESCAN)
+
     def _file_event(self, root: Protected, name: bytes, bits: int, is_directory: bool) -> None:
         if name == os.path.basename(root.path) or name == root.name:
             root.mark(b"", bits)
             self._check_now |= is_directory
 
     def _find(self, fsid: bytes, handle: bytes) -> _Places:
-        """Where the directory lies that ``handle`` stands for."""
+        """Where the directory lies that ``handle`` stands for; raises OSError when that cannot be found out."""
         # Once each: the same directory may be seen at several places, and through several mounts.
         found: dict[tuple[int, bytes | None], tuple[Protected, bytes | None]] = {}
         for mount in self._mounts.get(fsid, ()):
@@ -311,13 +336,16 @@ class FanotifyWatcher(Engine[_Watched]):
         return tuple(found.values())
 
     def _path_of(self, mount: _Mount, handle: bytes) -> bytes | None:
+        """Where a directory is; None when it is gone. Raises OSError."""
         at = self._open_mounts.get(mount.path)
         try:
             if at is None:
                 at = self._open_mounts[mount.path] = os.open(mount.path, _HANDLE)
             fd = fan.open_handle(at, handle)
-        except OSError:
-            return None
+        except OSError as error:
+            if error.errno in _IS_GONE:
+                return None
+            raise
         try:
             return os.readlink(b"/proc/self/fd/%d" % fd)
         except OSError as error:
@@ -396,10 +424,11 @@ class FanotifyWatcher(Engine[_Watched]):
         now = self._clock()
         self._next_check = now + ROOT_INTERVAL
         self._next_rescan = now + RESCAN_INTERVAL
-        self._watch_cookies()
         for root in self._roots:
             self._watch(root)
             root.rescan_at = now + RESCAN_INTERVAL
+        # Afterwards, as a mark on Btrfs may have the kernel refuse those on other filesystems.
+        self._watch_cookies()
         self._list_mounts()
 
     def _watch_cookies(self) -> None:
@@ -438,6 +467,8 @@ class FanotifyWatcher(Engine[_Watched]):
                 if root.watched:
                     root.mark(b"", RESCAN)
             if self._fd < 0:
+                for root in self._roots:
+                    self._doubt_now_and_then(root, now)
                 return
         self._look_at_mounts()
         self._check_now = False
@@ -446,15 +477,20 @@ class FanotifyWatcher(Engine[_Watched]):
             if root.watched:
                 self._check_root(root, marked)
             if not root.watched:
-                if now >= root.rescan_at:
-                    root.mark(b"", RESCAN)
-                    root.rescan_at = now + RESCAN_INTERVAL
+                self._doubt_now_and_then(root, now)
                 self._watch(root)
                 if root.watched:
                     log.info("root is watched again", path=root.path)
                     root.mark(b"", RESCAN)
         self._mounts_changed = False
         self._list_mounts()
+
+    @staticmethod
+    def _doubt_now_and_then(root: _Watched, now: float) -> None:
+        """What is not watched is looked at instead."""
+        if now >= root.rescan_at:
+            root.mark(b"", RESCAN)
+            root.rescan_at = now + RESCAN_INTERVAL
 
     def _check_root(self, root: _Watched, marked: set[int]) -> None:
         if not self._is_in_place(root):
@@ -468,7 +504,11 @@ class FanotifyWatcher(Engine[_Watched]):
         below = {os.path.join(root.real, path) for path in root.unwatched}
         there = set(self._mounts_of(root)) if self._mounts_changed else {*known, *below}
         # What was mounted, unmounted, or is another filesystem: what lies there is seen anew.
-        changed = {path for path, mount in known.items() if path not in there or not mount.is_same(marked)}
+        changed = {
+            path
+            for path, mount in known.items()
+            if path not in there or not mount.is_same(marked, self._mounts_changed)
+        }
         changed |= below - there
         changed |= there - below - known.keys()
         if changed:
@@ -542,12 +582,26 @@ class FanotifyWatcher(Engine[_Watched]):
         self._paths.clear()
         for path in self._mounts_of(root):
             try:
+                _try_handle(path)
+                before = fan.marked_devices(self._fd)
                 fan.mark_filesystem(self._fd, path, self._mask)
-                root.mounts.append(_Mount(path, fan.marked_devices(self._fd)))
+                root.mounts.append(_Mount(path, self._listed(path, before)))
             except OSError as error:
                 if not root.mounts:
                     raise
                 root.unwatched[path[len(root.real) + 1 :]] = _reason(error)
+
+    def _listed(self, path: bytes, before: set[int]) -> int | None:
+        """Which of the marked devices is that of ``path``, which was marked just now; None if that is not known."""
+        marked = fan.marked_devices(self._fd)
+        device = os.stat(path).st_dev
+        if device in marked:
+            return device
+        added = marked - before
+        if len(added) == 1:
+            return added.pop()
+        fsid = fan.filesystem_of(path)
+        return next((mount.listed for mount in self._every_mount() if mount.fsid == fsid), None)
 
     def _list_mounts(self) -> None:
         """Bring what is derived from the roots up to date."""

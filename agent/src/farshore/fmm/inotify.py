@@ -173,12 +173,12 @@ class InotifyWatcher(Engine[_Watched]):
     kinds joined. An excluded entry that comes or goes is a change of the directory that holds it; one of
     our own staging files is not.
 
-    What inotify cannot tell, so that a periodic scan must: writes through a mapping that is never
-    unmapped; a change through another hard link that came and went before anybody could look at it (else, such a change
-    is reported for the name that was used only), or that was removed while somebody goes on writing to what he opened
-    by it; a filesystem mounted over a directory below a root, or, for a root with ``one_filesystem``, what lay under one
-    that was mounted when it began to watch, and is not any more; changes that other machines make on a network
-    filesystem.
+    What inotify cannot tell, so that a periodic scan must: writes through a mapping that is never unmapped; a change
+    through another hard link that came and went before anybody could look at it (else, such a change is reported for
+    the name that was used only), or that was removed while somebody goes on writing to what he opened by it; a
+    filesystem mounted over a directory below a root, or a file over a file, or, for a root with ``one_filesystem``,
+    what lay under one that was mounted when it began to watch, and is not any more; changes that other machines make on
+    a network filesystem, or on this one through a server in the kernel.
 
     ``reads`` also reports (as ATTRIBUTES) files that were only read. ``cookies`` is a directory of our own, by default
     a temporary one, for the changes by which ``drain`` proves that it has seen all. ``clock`` is a monotonic clock.
@@ -270,10 +270,10 @@ class InotifyWatcher(Engine[_Watched]):
             if parents and wd in parents:
                 self._file_event(wd, mask, name)
             node = nodes.get(wd)
+            if wd == self._cookie_wd:
+                self._cookies.seen(name)
             if node is None:
-                if wd == self._cookie_wd:
-                    self._cookies.seen(name)
-                elif mask & _OVERFLOW:
+                if mask & _OVERFLOW:
                     self._overflow()
                     return
                 continue
@@ -852,7 +852,7 @@ class InotifyWatcher(Engine[_Watched]):
         return wd
 
     def _release(self, wd: int) -> None:
-        if wd >= 0 and wd not in self._nodes and wd not in self._parents:
+        if wd >= 0 and wd not in self._nodes and wd not in self._parents and wd != self._cookie_wd:
             self._system.inotify_rm_watch(self._fd, wd)
 
     def _reason(self, error: OSError) -> str:

@@ -50,7 +50,9 @@ _LOW = np.uint64(0xFFFFFFFF)
 _S32 = np.uint64(32)
 
 _OPEN = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_NOFOLLOW = 0x100
+# AT_SYMLINK_NOFOLLOW and, as lstat, AT_NO_AUTOMOUNT.
+_AT = 0x100 | 0x800
+_ENOENT = 2
 _BASIC_STATS = 0x7FF
 _TYPE = 0o170000
 _DIRECTORY = 0o040000
@@ -63,6 +65,7 @@ _getdents: Any = _types.ExternalFunction("getdents64", _types.intp(_types.int32,
 _statx: Any = _types.ExternalFunction(
     "statx", _types.int32(_types.int32, _types.uintp, _types.int32, _types.uint32, _types.uintp)
 )
+_errno: Any = _types.ExternalFunction("__errno_location", _types.CPointer(_types.int32)())
 
 
 class Sum(NamedTuple):
@@ -161,10 +164,13 @@ def _sum_up(
                 code = _statx(
                     fd,
                     np.uintp(buffer.ctypes.data + name),
-                    np.int32(_NOFOLLOW),
+                    np.int32(_AT),
                     np.uint32(_BASIC_STATS),
                     np.uintp(status.ctypes.data),
                 )
+                if code != 0 and _errno()[0] == _ENOENT:
+                    # Gone since it was listed.
+                    continue
                 if code != 0 or count >= _MOST_NAME:
                     good = False
                     break
