@@ -38,6 +38,7 @@ from farshore.dbm.messages import (
     Move,
     Nak,
     NoSignature,
+    Operation,
     Patch,
     Ping,
     Pong,
@@ -487,6 +488,53 @@ def test_a_copy_of_another_file(replica: Replica) -> None:
     assert (replica.root / "b").read_bytes() == content
     assert (replica.root / "d").read_bytes() == b"small"
     assert (replica.root / "b").stat().st_ino != (replica.root / "a").stat().st_ino
+
+
+def copy(path: bytes, source: bytes, content: bytes) -> Copy:
+    return Copy(0, path, FILE, 0, source, blake3.blake3(content).digest())
+
+
+def put(path: bytes, content: bytes) -> Put:
+    return Put(0, path, FILE, content)
+
+
+@pytest.mark.parametrize(
+    ("operations", "source", "content"),
+    [
+        ([put(b"f", b"new"), Link(0, b"g", b"f")], b"g", b"new"),
+        ([put(b"f", b"new"), Link(0, b"g", b"f"), put(b"f", b"newer")], b"g", b"new"),
+        ([put(b"g", b"new"), Link(0, b"g", b"f")], b"g", b"old f"),
+        ([Link(0, b"g", b"d/f"), Link(0, b"h", b"g")], b"h", b"old d/f"),
+        ([put(b"f", b"new"), Move(0, b"f", b"g")], b"g", b"new"),
+        ([put(b"g", b"new"), Move(0, b"f", b"g")], b"g", b"old f"),
+        ([Move(0, b"f", b"h"), put(b"f", b"new")], b"h", b"old f"),
+        ([Move(0, b"f", b"h"), Move(0, b"g", b"f"), Move(0, b"h", b"g")], b"g", b"old f"),
+        ([put(b"d/f", b"new"), Move(0, b"d", b"e")], b"e/f", b"new"),
+        ([Move(0, b"d", b"e")], b"e/f", b"old d/f"),
+        ([Link(0, b"d/g", b"f"), Move(0, b"d", b"e"), put(b"f", b"new")], b"e/g", b"old f"),
+        ([Remove(0, b"d"), MakeDir(0, b"e", DIRECTORY), put(b"e/f", b"new"), Move(0, b"e", b"d")], b"d/f", b"new"),
+        ([put(b"d/f", b"new"), Remove(0, b"d"), Move(0, b"f", b"d")], b"d", b"old f"),
+        ([copy(b"h", b"f", b"old f"), Remove(0, b"f"), Move(0, b"h", b"f")], b"f", b"old f"),
+    ],
+)
+def test_a_copy_of_what_the_same_transaction_has_named(
+    replica: Replica, operations: list[Operation], source: bytes, content: bytes
+) -> None:
+    before = [put(b"f", b"old f"), put(b"g", b"old g"), MakeDir(0, b"d", DIRECTORY), put(b"d/f", b"old d/f")]
+    assert isinstance(replica.send(*before), Ack)
+    answer = replica.send(*operations, copy(b"copy", source, content))
+    assert isinstance(answer, Ack), answer
+    for path in (source, b"copy"):
+        assert (replica.root / os.fsdecode(path)).read_bytes() == content
+    assert replica.applier.doubts == []
+
+
+def test_a_copy_of_a_linked_name_has_the_content_that_is_told(replica: Replica) -> None:
+    assert isinstance(replica.send(put(b"f", b"old f"), put(b"g", b"old g")), Ack)
+    answer = replica.send(Link(0, b"g", b"f"), copy(b"copy", b"g", b"old g"))
+    assert isinstance(answer, Nak)
+    assert (answer.path, answer.unknown_base) == (b"g", True)
+    assert (replica.root / "g").read_bytes() == b"old g"
 
 
 @pytest.mark.parametrize("there", [None, b"another", "link"])

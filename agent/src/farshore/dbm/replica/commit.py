@@ -63,6 +63,7 @@ from farshore.dbm.replica.tree import BaseUnknown, Tree
 from farshore.dbm.replica.undo import Kept, Slicer, Step, Todo, steps
 from farshore.dbm.replica.upload import Interrupted, Upload
 from farshore.dbm.replica.view import View
+from farshore.dbm.replica.within import Within
 from farshore.dbm.unkept import Unkept
 from farshore.errors import FarshoreError, ProtocolError, StateError, UnsafePath
 from farshore.fmm.types import Root
@@ -114,7 +115,7 @@ class Transaction:
     more: bool = False
     time_ns: int = 0
     #: The contents that it puts somewhere, for copies within it.
-    contents: dict[tuple[int, bytes], Staged | bytes] = field(default_factory=dict)
+    within: Within = field(default_factory=Within)
     #: Paths whose content or existence it changes.
     touched: set[tuple[int, bytes]] = field(default_factory=set)
 

@@ -29,7 +29,6 @@ from farshore.dbm.messages import (
     Names,
     Operation,
     Patch,
-    Put,
     Remove,
 )
 from farshore.dbm.owners import Arriving
@@ -40,6 +39,7 @@ from farshore.dbm.replica.paths import check
 from farshore.dbm.replica.stage import Staged
 from farshore.dbm.replica.tree import BaseUnknown
 from farshore.dbm.replica.upload import Upload
+from farshore.dbm.replica.within import Before
 from farshore.errors import ProtocolError
 from farshore.fmm.types import FileKind
 
@@ -217,10 +217,7 @@ class Stager:
         transaction.bodies.append(body)
         transaction.operations.append((operation, staged))
         transaction.touch(operation)
-        if staged is not None:
-            transaction.contents[root, operation.path] = staged
-        elif isinstance(operation, Put):
-            transaction.contents[root, operation.path] = operation.data
+        transaction.within.note(operation, staged)
 
     # --- kinds of operations
 
@@ -266,15 +263,15 @@ class Stager:
         assert transaction is not None
         self._applier.tree(root)
         try:
-            made = transaction.contents.get((root, path))
-            if isinstance(made, bytes):
+            found = transaction.within.find(root, path)
+            if isinstance(found, bytes):
                 source = os.memfd_create("content", os.MFD_CLOEXEC)
-                os.write(source, made)
+                os.write(source, found)
                 os.lseek(source, 0, os.SEEK_SET)
-            elif made is not None:
-                source = os.open(made.name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=made.directory)
+            elif isinstance(found, Before):
+                source = self._open_file(root, found.path)
             else:
-                source = self._open_file(root, path)
+                source = os.open(found.name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=found.directory)
             return self._copied(operation, source)
         except (BaseUnknown, delta.DeltaCorrupt) as error:
             raise _Refused(refusal(transaction.seq, root, path, error)) from None
