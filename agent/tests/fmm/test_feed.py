@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
+from farshore.errors import FarshoreError
 from farshore.fmm.dirty import DirtySet
 from farshore.fmm.errors import WatchError
 from farshore.fmm.feed import Feed
@@ -81,7 +82,7 @@ def until(condition: Callable[[], bool]) -> None:
 
 def test_counts_go_on_when_a_watcher_fails(feed: Feed, made: list[Scripted], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("farshore.fmm.feed._RETRY_SECONDS", 0.05)
-    assert feed.counts() == Counts("scripted")
+    assert feed.counts() == Counts("starting") and feed.problems() == []
     feed.start()
     until(lambda: feed.watching)
     assert feed.counts() == Counts("scripted", 1, 0, 1, 5)
@@ -101,3 +102,43 @@ def test_a_watcher_that_fails_is_told_of(feed: Feed, made: list[Scripted]) -> No
     until(lambda: feed.failed)
     assert not feed.watching
     assert feed.problems() == ["Cannot watch /srv: it is gone"]
+
+
+def test_a_watcher_that_cannot_be_made_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("farshore.fmm.feed._RETRY_SECONDS", 0.05)
+    made: list[Scripted] = []
+    short = threading.Event()
+    callers: set[str] = set()
+
+    def make() -> Scripted:
+        callers.add(threading.current_thread().name)
+        if short.is_set():
+            raise OSError(24, "Too many open files")
+        made.append(Scripted(len(made) + 1))
+        return made[-1]
+
+    feed = Feed(make, DirtySet(), lambda: None)
+    try:
+        feed.start()
+        until(lambda: feed.watching)
+        short.set()
+        made[0].fail.set()
+        made[0].wake()
+        until(lambda: "Too many open files" in "".join(feed.problems()))
+        assert feed.failed and not feed.watching
+        short.clear()
+        until(lambda: feed.watching)
+        assert feed.barrier().result(60) == 1
+        assert feed.problems() == [] and feed.counts() == Counts("scripted", 2, 0, 2, 10)
+        assert callers == {"fmm"}
+    finally:
+        feed.close()
+
+
+def test_requests_made_while_the_watcher_starts_are_answered(feed: Feed) -> None:
+    answer = feed.barrier()
+    feed.start()
+    assert answer.result(60) == 1
+    feed.close()
+    with pytest.raises(FarshoreError, match="has ended"):
+        feed.barrier().result(60)

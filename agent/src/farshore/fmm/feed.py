@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
@@ -23,10 +24,10 @@ _RETRY_SECONDS = 2.0
 class Feed:
     """Runs a watcher in a thread of its own and marks what it reports in ``dirty``.
 
-    ``make`` gives a new watcher; it is asked again when one fails, and every start puts all roots in doubt.
-    ``on_marked`` is called in that thread whenever something was marked. ``mapped`` is asked for what no watcher is
-    told of. Requests from other threads are answered through futures, so that the watcher sees one caller only; none
-    stays without an answer.
+    ``make`` gives a new watcher and is called in that thread; it is asked again when it or a watcher fails, and every
+    start puts all roots in doubt. ``on_marked`` is called in that thread whenever something was marked. ``mapped`` is
+    asked for what no watcher is told of. Requests from other threads are answered through futures, so that the watcher
+    sees one caller only; none stays without an answer.
     """
 
     def __init__(
@@ -39,7 +40,7 @@ class Feed:
         self._make = make
         self._mapped = mapped
         self._paused = False
-        self._watcher = make()
+        self._watcher: Watcher = _Starting()
         self._dirty = dirty
         self._on_marked = on_marked
         self._requests: queue.SimpleQueue[tuple[Callable[[], Sequence[Hint]], Future[int]]] = queue.SimpleQueue()
@@ -126,24 +127,38 @@ class Feed:
             self._on_marked()
 
     def _run(self) -> None:
-        while not self._stop.is_set():
-            try:
-                self._mark(self._watcher.start())
-                self._problem = ""
-                self.watching = True
-                while not self._stop.is_set():
-                    self._mark(self._watcher.read(_READ_SECONDS))
-                    self._mark(self._look_at_mapped())
+        try:
+            while not self._stop.is_set():
+                try:
+                    self._renew()
+                    self._mark(self._watcher.start())
+                    self._problem = ""
+                    self.watching = True
+                    # Whoever asked meanwhile could wake nobody.
                     self._serve()
-            except Exception as error:
-                self._fail(error)
+                    while not self._stop.is_set():
+                        self._mark(self._watcher.read(_READ_SECONDS))
+                        self._mark(self._look_at_mapped())
+                        self._serve()
+                except Exception as error:
+                    self._fail(error)
+        finally:
+            self.watching = False
+            with self._lock:
+                self._ended = True
+            self._refuse("the watcher has ended")
+            self._watcher.close()
+
+    def _renew(self) -> None:
+        # Here and not where the feed is made: it may count directories for long, and fail for want of descriptors.
+        following, last = self._make(), self._watcher.counts()
         with self._lock:
-            self._ended = True
-        self._refuse("the watcher has ended")
-        self._watcher.close()
+            self._before = self._before[0] + last.overflows, self._before[1] + last.events
+            self._watcher = following
+        self._paused = False
 
     def _fail(self, error: Exception) -> None:
-        """Say what is wrong, wait a little, and have a new watcher."""
+        """Say what is wrong, and wait a little."""
         self.watching = False
         if self._problem != str(error):
             if isinstance(error, FarshoreError):
@@ -152,14 +167,10 @@ class Feed:
                 _log.error("the watcher failed", error)
         self._problem = str(error) or type(error).__name__
         self._refuse(self._problem)
-        self._watcher.close()
+        with contextlib.suppress(OSError):
+            self._watcher.close()
         self._stop.wait(_RETRY_SECONDS)
         self._refuse(self._problem)
-        following, last = self._make(), self._watcher.counts()
-        with self._lock:
-            self._before = self._before[0] + last.overflows, self._before[1] + last.events
-            self._watcher = following
-        self._paused = False
 
     def _serve(self) -> None:
         while (request := self._next()) is not None:
@@ -184,3 +195,34 @@ class Feed:
             return self._requests.get_nowait()
         except queue.Empty:
             return None
+
+
+class _Starting:
+    """Stands for the watcher that is not made yet."""
+
+    def start(self) -> Sequence[Hint]:
+        return ()
+
+    def read(self, timeout: float) -> Sequence[Hint]:
+        return ()
+
+    def drain(self) -> Sequence[Hint]:
+        return ()
+
+    def pause(self) -> None:
+        pass
+
+    def resume(self) -> Sequence[Hint]:
+        return ()
+
+    def wake(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    def problems(self) -> Sequence[str]:
+        return ()
+
+    def counts(self) -> Counts:
+        return Counts("starting")
