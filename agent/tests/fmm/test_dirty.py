@@ -304,3 +304,13 @@ def test_what_a_path_waits_for_is_told() -> None:
     dirty.settle(taken)
     assert dirty.waits(0, b"d/f") == Wait(3.0, b"d/f", False)
     assert dirty.waits(0, b"d/x") is None
+
+
+def test_many_mapped_files_are_remembered_by_their_inodes() -> None:
+    dirty = DirtySet()
+    dirty.mark([Hint(0, b"", Kind.ATTRIBUTES, (1, number)) for number in range(1000)], 1.0)
+    (item,) = dirty.take(10)
+    assert item.kind == Kind.ATTRIBUTES and len(item.inodes) == 1000
+    dirty.mark([Hint(0, b"", Kind.MODIFIED, (1, number)) for number in range(MOST_INODES + 1)], 2.0)
+    (item,) = dirty.take(10)
+    assert Kind.RESCAN in item.kind and not item.inodes

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import threading
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from farshore.fmm.types import Hint, Inode, Kind
@@ -13,8 +13,9 @@ from farshore.fmm.types import Hint, Inode, Kind
 _Key = tuple[int, bytes]
 #: So many files of several names are remembered for one path; after that everything below its root is in doubt.
 MOST_INODES = 64
-#: As many when they were found while the path was looked at.
+#: As many when they were found while the path was looked at, or are mapped.
 MOST_INODES_LATER = 50_000
+_NONE: frozenset[Inode] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +49,14 @@ class _Entry:
         self.bits = bits
         self.since = since
         self.mark_no = mark_no
-        self.inodes: frozenset[Inode] = frozenset()
+        self.inodes: set[Inode] | frozenset[Inode] = _NONE
+
+    def remember(self, inodes: Collection[Inode]) -> None:
+        if inodes:
+            # Most entries have none, and need no set of their own.
+            if not isinstance(self.inodes, set):
+                self.inodes = set()
+            self.inodes.update(inodes)
 
 
 class DirtySet:
@@ -82,9 +90,11 @@ class DirtySet:
             for hint in hints:
                 entry = self._entry((hint.root, hint.path), hint.kind, now)
                 if hint.inode is not None:
-                    entry.inodes |= {hint.inode}
-                    if len(entry.inodes) > MOST_INODES:
-                        entry.inodes = frozenset()
+                    entry.remember((hint.inode,))
+                    # Files that are mapped are told of by the root; a scan would not compare their contents.
+                    by_root = not hint.path and hint.kind == Kind.ATTRIBUTES
+                    if len(entry.inodes) > (MOST_INODES_LATER if by_root else MOST_INODES):
+                        entry.inodes = set()
                         self._entry((hint.root, b""), Kind.RESCAN, now)
             if self._dirty:
                 self._changed.notify_all()
@@ -126,9 +136,9 @@ class DirtySet:
                     del self._alive[max(entry.mark_no, item.mark_no)]
                     entry.mark_no = min(entry.mark_no, item.mark_no)
                 heapq.heappush(self._queue, (entry.mark_no, key))
-                entry.inodes |= item.inodes
+                entry.remember(item.inodes)
                 if len(entry.inodes) > MOST_INODES_LATER:
-                    entry.inodes = frozenset()
+                    entry.inodes = set()
                     self._entry((item.root, b""), Kind.RESCAN, self._latest)
             self._tidy()
             if self._dirty:
@@ -271,7 +281,7 @@ class DirtySet:
 
     def _launch(self, key: _Key) -> Dirty:
         entry = self._dirty.pop(key)
-        item = Dirty(key[0], key[1], Kind(entry.bits), entry.since, entry.mark_no, entry.inodes)
+        item = Dirty(key[0], key[1], Kind(entry.bits), entry.since, entry.mark_no, frozenset(entry.inodes))
         self._flight[item.mark_no] = item
         return item
 
