@@ -210,7 +210,9 @@ def test_what_is_mounted_is_told_with_its_own_characters(tmp_path: Path) -> None
     os.mkdir(path)
     with mounted(path, "-t", "tmpfs", "none"):
         assert mounts.points_below(os.fsencode(tmp_path)) == [path]
-        assert mounts.kinds()[os.stat(path).st_dev] == "tmpfs"
+        (found,) = (mount for mount in mounts.table() if mount.point == path)
+        device = os.stat(path).st_dev
+        assert found == mounts.Mount((os.major(device), os.minor(device)), b"/", path, "tmpfs")
     assert mounts.points_below(os.fsencode(tmp_path)) == []
 
 

@@ -6,12 +6,13 @@ import contextlib
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from farshore.fmm import Hint, Kind, Root
+from farshore.fmm import Hint, Kind, Root, mounts
 from farshore.fmm import mapped as mapping
 from farshore.fmm.mapped import Mapped
 
@@ -74,7 +75,9 @@ def mapped(tmp_path: Path, clock: Clock) -> Mapped:
     for name in ("f", "x.tmp", "d/two\nlines"):
         (tmp_path / "top" / name).write_bytes(bytes(8192))
     (tmp_path / "proc").mkdir()
-    return Mapped([Root(os.fsencode(tmp_path / "top"), exclude=("*.tmp",))], clock=clock, proc=tmp_path / "proc")
+    return Mapped(
+        [Root(os.fsencode(tmp_path / "top"), exclude=("*.tmp",))], clock=clock, proc=tmp_path / "proc", threaded=False
+    )
 
 
 def test_nothing_is_mapped(mapped: Mapped) -> None:
@@ -192,7 +195,7 @@ def test_every_process_of_the_machine_is_searched(tmp_path: Path) -> None:
     (tmp_path / "top/f").write_bytes(bytes(100))
     process = Mapper(tmp_path / "top/f")
     try:
-        assert Hint(0, b"f", Kind.MODIFIED) in Mapped([Root(os.fsencode(tmp_path / "top"))]).look()
+        assert Hint(0, b"f", Kind.MODIFIED) in Mapped([Root(os.fsencode(tmp_path / "top"))]).look(all_now=True)
     finally:
         process.process.kill()
         process.process.communicate()
@@ -204,11 +207,11 @@ def test_processes_that_may_not_be_looked_into_are_a_problem(
     (tmp_path / "proc/17").mkdir(parents=True)
     for name in ("maps", "statm"):
         (tmp_path / "proc/17" / name).touch()
-    mapped = Mapped([Root(os.fsencode(tmp_path))], clock=clock, proc=tmp_path / "proc")
+    mapped = Mapped([Root(os.fsencode(tmp_path))], clock=clock, proc=tmp_path / "proc", threaded=False)
     real = open
 
-    def refuse(path: bytes, *arguments: object, **named: object) -> object:
-        if bytes(path).endswith(b"17/maps"):
+    def refuse(path: str | bytes, *arguments: object, **named: object) -> object:
+        if os.fsencode(path).endswith(b"17/maps"):
             raise PermissionError
         return real(path, *arguments, **named)  # type: ignore[call-overload]
 
@@ -220,3 +223,86 @@ def test_processes_that_may_not_be_looked_into_are_a_problem(
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     mapped.look(all_now=True)
     assert mapped.problem == ""
+
+
+def test_a_root_behind_a_link(tmp_path: Path, mapped: Mapped, clock: Clock) -> None:
+    (tmp_path / "link").symlink_to("top")
+    behind = Mapped([Root(os.fsencode(tmp_path / "link"))], clock=clock, proc=tmp_path / "proc", threaded=False)
+    with mapper(tmp_path / "top/f"):
+        assert behind.look() == [Hint(0, b"f", Kind.MODIFIED)]
+
+
+def test_files_that_share_device_and_inode_are_told_by_their_paths(
+    mapped: Mapped, tmp_path: Path, clock: Clock
+) -> None:
+    """As in two subvolumes of a Btrfs."""
+    os.link(tmp_path / "top/f", tmp_path / "top/g")
+    with mapper(tmp_path / "top/f"), mapper(tmp_path / "top/g"):
+        assert {hint.path for hint in mapped.look()} == {b"f", b"g"}
+
+
+def test_a_mount_below_a_root_and_another_of_what_is_in_it(
+    tmp_path: Path, mapped: Mapped, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A filesystem that is also mounted elsewhere, as for a container."""
+    status = os.stat(tmp_path)
+    device = os.major(status.st_dev), os.minor(status.st_dev)
+    here, foreign = os.fsencode(tmp_path), (0, 7777)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/db").write_bytes(bytes(100))
+    table = [
+        mounts.Mount(foreign, b"/", b"/", "ext4"),
+        mounts.Mount(device, b"/data", here + b"/top/d", "xfs"),
+        mounts.Mount(device, b"/data", here + b"/elsewhere", "xfs"),
+    ]
+    monkeypatch.setattr(mounts, "table", lambda: table)
+    told = Kind.ATTRIBUTES, (status.st_dev, os.stat(tmp_path / "elsewhere/db").st_ino)
+    with mapper(tmp_path / "elsewhere/db"):
+        assert mapped.look() == [Hint(0, b"", *told)]
+        alone = Root(here + b"/top", one_filesystem=True)
+        assert Mapped([alone], clock=clock, proc=tmp_path / "proc", threaded=False).look() == []
+
+
+def test_the_paths_of_other_filesystems_are_not_touched(
+    tmp_path: Path, mapped: Mapped, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process = tmp_path / "proc/17"
+    process.mkdir()
+    (process / "statm").write_text("1 1")
+    (process / "maps").write_text("7f00-7f01 rw-s 00000000 00:fffff 77 /mnt/dead/file\n")
+    asked = []
+    real = os.stat
+    monkeypatch.setattr(os, "stat", lambda path, **named: (asked.append(path), real(path, **named))[1])
+    assert mapped.look() == []
+    assert not [path for path in asked if b"dead" in os.fsencode(path)]
+
+
+def test_a_process_that_does_not_answer_stops_nobody(
+    tmp_path: Path, mapped: Mapped, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hint = Hint(0, b"f", Kind.MODIFIED)
+    searched = Mapped([Root(os.fsencode(tmp_path / "top"))], clock=clock, proc=tmp_path / "proc")
+    with mapper(tmp_path / "top/f"):
+        monkeypatch.setattr(mapping, "_WAIT_SECONDS", 60.0)
+        assert searched.look(all_now=True) == [hint]
+        assert searched.problem == ""
+        monkeypatch.setattr(mapping, "_WAIT_SECONDS", 0.2)
+        process = tmp_path / "proc/17"
+        process.mkdir()
+        (process / "statm").write_text("1 1")
+        os.mkfifo(process / "maps")
+        # What is known is told all the same, and the problem.
+        assert searched.look(all_now=True) == [hint]
+        assert "does not end; process 17 is being asked" in searched.problem
+        os.utime(tmp_path / "top/f", ns=(1, 1))
+        clock.now += 40
+        assert searched.look() == [hint]
+        with open(process / "maps", "wb"):
+            pass  # it answers
+        (process / "maps").unlink()
+        monkeypatch.setattr(mapping, "_WAIT_SECONDS", 60.0)
+        deadline = time.monotonic() + 60
+        while searched.problem:
+            assert time.monotonic() < deadline
+            searched.look(all_now=True)
+        assert searched.count == 1

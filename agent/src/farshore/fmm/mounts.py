@@ -2,11 +2,36 @@
 
 from __future__ import annotations
 
-import os
 import re
+from dataclasses import dataclass
 
 _TABLE = "/proc/self/mountinfo"
 _ESCAPED = re.compile(rb"\\([0-7]{3})")
+
+
+@dataclass(frozen=True, slots=True)
+class Mount:
+    """One line of the table: where the directory ``inner`` of a filesystem is mounted.
+
+    ``device`` is the filesystem's own, which on Btrfs is not that of any file.
+    """
+
+    device: tuple[int, int]
+    inner: bytes
+    point: bytes
+    kind: str
+
+
+def table() -> list[Mount]:
+    """All that is mounted, in the order in which that was done. Raises OSError."""
+    found = []
+    with open(_TABLE, "rb") as lines:
+        for line in lines:
+            _, _, device, inner, point, _ = line.split(b" ", 5)
+            major, _, minor = device.partition(b":")
+            kind = line.partition(b" - ")[2].split(b" ", 1)[0].decode()
+            found.append(Mount((int(major), int(minor)), _plain(inner), _plain(point), kind))
+    return found
 
 
 def points() -> list[bytes]:
@@ -19,19 +44,6 @@ def points_below(path: bytes) -> list[bytes]:
     """As ``points``, only those below a real path."""
     above = path.rstrip(b"/") + b"/"
     return sorted({point for point in points() if point.startswith(above) and point != above})
-
-
-def kinds() -> dict[int, str]:
-    """The type of the filesystem on each device that is mounted; empty when that is not told."""
-    found = {}
-    try:
-        with open(_TABLE, "rb") as table:
-            for line in table:
-                major, _, minor = line.split(b" ", 3)[2].partition(b":")
-                found[os.makedev(int(major), int(minor))] = line.partition(b" - ")[2].split(b" ", 1)[0].decode()
-    except OSError:
-        return {}
-    return found
 
 
 def _plain(text: bytes) -> bytes:
