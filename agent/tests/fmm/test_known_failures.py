@@ -473,6 +473,29 @@ def test_a_root_that_was_away_for_a_moment_only(mirror: Mirror, through_a_link: 
     mirrored.check()
 
 
+@pytest.mark.parametrize("above", [b"/above", b"/above/root"])
+def test_events_that_are_read_while_the_root_is_away(
+    engine: str, watch_any: WatchAny, top: bytes, above: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What happened in it before has another path at that moment; when the root is looked at, it is back."""
+    root = top + b"/above/root"
+    os.makedirs(root + b"/d")
+    watcher = watch_any(root)
+    kind = type(watcher)
+    look = kind._check_roots  # type: ignore[attr-defined]
+
+    def back(self: object) -> None:
+        if os.path.lexists(top + b"/away"):
+            os.rename(top + b"/away", top + above)
+        look(self)
+
+    monkeypatch.setattr(kind, "_check_roots", back)
+    os.close(os.open(root + b"/d/f", os.O_CREAT))
+    os.rename(top + above, top + b"/away")
+    assert covered(b"d/f", joined(watcher.drain()))
+    assert os.path.lexists(root)
+
+
 @pytest.mark.parametrize("still", [False, True])
 @pytest.mark.parametrize("how", ["moved", "exchanged", "removed"])
 def test_a_root_that_is_replaced(mirror: Mirror, how: str, still: bool) -> None:
