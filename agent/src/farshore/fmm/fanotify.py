@@ -154,7 +154,7 @@ class _Mount:
 class _Watched(Protected):
     """A root; ``real`` is its path without links, ``mounts`` what it lies on and what is mounted below it."""
 
-    __slots__ = ("handle", "marked", "mounts", "real", "unwatched")
+    __slots__ = ("above", "handle", "marked", "mounts", "real", "unwatched")
 
     def __init__(self, index: int, root: Root) -> None:
         super().__init__(index, root)
@@ -162,6 +162,8 @@ class _Watched(Protected):
         self.real = b""
         #: Of the directory: its inode's number alone may be that of the next one at its place.
         self.handle = b""
+        #: The entries that lead to it, each as a directory and a name in it.
+        self.above: frozenset[tuple[bytes, bytes]] = frozenset()
         self.mounts: list[_Mount] = []
         #: Filesystems below it that cannot be watched, each with the reason.
         self.unwatched: dict[bytes, str] = {}
@@ -251,8 +253,7 @@ class FanotifyWatcher(Engine[_Watched]):
                 self._told(where, _FROM, is_directory, True)
                 self._told(to, _TO, is_directory, True)
                 if is_directory:
-                    self._doubt_moved(where)
-                    self._doubt_moved(to)
+                    self._led_elsewhere(where, to)
                     # It, and all below, have other paths now.
                     self._paths.clear()
                     self._check_now = True
@@ -296,18 +297,12 @@ class FanotifyWatcher(Engine[_Watched]):
                 if root.plain or root.filter.allows(above, True):
                     root.mark(above, PARENT)
 
-    def _doubt_moved(self, entry: fan.Entry) -> None:
-        """A directory was moved from or to a place: if a root lies there, events may have been resolved to nothing."""
-        fsid, handle, name = entry
-        with contextlib.suppress(OSError):
-            for mount in self._mounts.get(fsid, ()):
-                above = self._path_of(mount, handle)
-                if above is None:
-                    continue
-                path = os.path.join(above, name)
-                for root in self._roots:
-                    if root.real == path or root.real.startswith(path + b"/"):
-                        root.mark(b"", RESCAN)
+    def _led_elsewhere(self, *entries: fan.Entry) -> None:
+        """What was resolved while a root, or a directory above it, had another name seemed to be nobody's."""
+        for fsid, handle, name in entries:
+            for root in self._roots:
+                if (fsid + handle, name) in root.above:
+                    root.mark(b"", RESCAN)
 
     def _file_event(self, root: Protected, name: bytes, bits: int, is_directory: bool) -> None:
         if name == os.path.basename(root.path) or name == root.name:
@@ -527,6 +522,7 @@ class FanotifyWatcher(Engine[_Watched]):
         try:
             status = self._place(root)
             root.handle = fan.handle_of(_top(root))
+            root.above = _entries_to(_top(root))
             self._mark(root)
         except OSError as error:
             reason = _reason(error)
@@ -621,6 +617,16 @@ class FanotifyWatcher(Engine[_Watched]):
             for path, reason in root.unwatched.items():
                 reasons.setdefault((root.index, reason), []).append(path)
         return reasons
+
+
+def _entries_to(path: bytes) -> frozenset[tuple[bytes, bytes]]:
+    """Each name in ``path``, a real one, with the directory that holds it, as far as those have handles."""
+    found = set()
+    while path != b"/":
+        path, name = os.path.split(path)
+        with contextlib.suppress(OSError):
+            found.add((fan.filesystem_of(path) + fan.handle_of(path), name))
+    return frozenset(found)
 
 
 def _top(root: _Watched) -> bytes:
