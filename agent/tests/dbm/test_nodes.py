@@ -474,3 +474,21 @@ async def test_a_moved_directory_is_not_sent_anew_though_its_old_place_is_looked
     await in_step(pair)
     assert differences(pair.local_tree, pair.remote_tree) == []
     assert group._sender.sent_bytes - before < 500_000  # of 1.2 MB
+
+
+async def test_a_pause_that_fails_leaves_the_group_as_it_was(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    await pair.own("local", 1)
+    await in_step(pair)
+    group = pair.local.groups["web"]
+    assert group._feed is not None
+
+    def fail() -> None:
+        raise FarshoreError("the watcher fails")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(group._feed._watcher, "pause", fail)
+        with pytest.raises(FarshoreError, match="the watcher fails"):
+            await group.pause()
+    (pair.local_tree / "a").write_text("1")
+    await in_step(pair)
+    assert differences(pair.local_tree, pair.remote_tree) == []

@@ -722,8 +722,13 @@ class Group:
             if self._feed is None:
                 raise NotOwner(self.name, self._record.owner, self.config.side)
             self._paused = True
-            async with asyncio.timeout(_FEED_SECONDS):
-                await asyncio.wrap_future(self._feed.pause())
+            try:
+                async with asyncio.timeout(_FEED_SECONDS):
+                    await asyncio.wrap_future(self._feed.pause())
+            except BaseException:
+                # What is not watched now will be watched anew.
+                self._paused = False
+                raise
         return f"{self.name} is paused"
 
     async def resume(self) -> str:
