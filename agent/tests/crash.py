@@ -20,7 +20,6 @@ import argparse
 import asyncio
 import contextlib
 import ctypes
-import json
 import os
 import random
 import shutil
@@ -39,6 +38,7 @@ from typing import Any
 import blake3
 from images import CannotMount, filesystem
 from nodes import free_ports
+from reports import tell
 from trees import Mutator, differences
 
 from farshore import log
@@ -603,12 +603,7 @@ def main() -> int:
         print(f"what is left of it is in {base}")
     elif options.dir is None:
         shutil.rmtree(base)
-    text = json.dumps(result.as_json(), indent=2)
-    if options.report is not None:
-        options.report.parent.mkdir(parents=True, exist_ok=True)
-        options.report.write_text(text + "\n")
-    print(text)
-    return 1 if result.failures else 0
+    return tell(result.as_json(), options.report)
 
 
 if __name__ == "__main__":

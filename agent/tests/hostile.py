@@ -15,7 +15,6 @@ import asyncio
 import contextlib
 import hashlib
 import io
-import json
 import logging
 import os
 import random
@@ -41,6 +40,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 from nodes import Pair, running_pair
 from replicas import DIRECTORY, FILE, Replica, chunks, stream
+from reports import tell
 
 from farshore import delta, tls
 from farshore.config import NodeRef, Tls
@@ -793,12 +793,7 @@ def main() -> int:
         report = campaign(options.minutes, options.seed, base)
     finally:
         shutil.rmtree(base, ignore_errors=True)
-    text = json.dumps(report, indent=2)
-    if options.report is not None:
-        options.report.parent.mkdir(parents=True, exist_ok=True)
-        options.report.write_text(text + "\n")
-    print(text)
-    return 1 if report["failures"] else 0
+    return tell(report, options.report)
 
 
 if __name__ == "__main__":

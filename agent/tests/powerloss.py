@@ -31,7 +31,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import json
 import os
 import platform
 import random
@@ -50,6 +49,7 @@ from typing import Any
 
 from crash import ROOTS, SIDES, STEPS, Campaign, Failed, Process, Result, change, read_whole
 from disks import FILESYSTEMS, Machine, Survived, Unavailable, enter_namespace, why_not
+from reports import tell
 from trees import describe
 
 from farshore import durable
@@ -492,12 +492,7 @@ def main() -> int:
     finally:
         if not keep:
             shutil.rmtree(base)
-    text = json.dumps(report, indent=2)
-    if options.report is not None:
-        options.report.parent.mkdir(parents=True, exist_ok=True)
-        options.report.write_text(text + "\n")
-    print(text)
-    return 1 if report["failures"] else 0
+    return tell(report, options.report)
 
 
 if __name__ == "__main__":

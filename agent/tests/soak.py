@@ -32,6 +32,7 @@ from typing import Any
 
 import yaml
 from nodes import free_ports
+from reports import tell
 from trees import differences
 from workloads import NEEDED, WORKLOADS, Running
 
@@ -405,12 +406,7 @@ def main() -> int:
         print(f"what is left of it is in {base}")
     elif options.dir is None:
         shutil.rmtree(base)
-    text = json.dumps(report, indent=2)
-    if options.report is not None:
-        options.report.parent.mkdir(parents=True, exist_ok=True)
-        options.report.write_text(text + "\n")
-    print(text)
-    return 1 if report["failures"] else 0
+    return tell(report, options.report)
 
 
 if __name__ == "__main__":

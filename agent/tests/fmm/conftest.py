@@ -18,6 +18,14 @@ from farshore.fmm.fanotify import FanotifyWatcher, why_not
 from farshore.fmm.inotify import InotifyWatcher
 
 Seen = dict[bytes, Kind]
+#: What is told of a directory whose entries change.
+PARENT = Kind.MODIFIED | Kind.ATTRIBUTES
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+
+
+def touch(path: bytes, data: bytes = b"") -> None:
+    with open(path, "ab") as file:
+        file.write(data)
 
 
 def joined(hints: Sequence[Hint], root: int = 0) -> Seen:

@@ -17,7 +17,6 @@ import ctypes
 import faulthandler
 import functools
 import io
-import json
 import logging
 import mmap
 import os
@@ -43,6 +42,7 @@ from hypothesis import seed as seeded
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 from mirrored import Mirrored, can_lower, lowered
+from reports import tell
 
 from farshore.fmm import Root
 from farshore.fmm.factory import ENGINES
@@ -846,12 +846,7 @@ def main() -> int:
         report = soak(options.engine, options.minutes, options.seed, base)
     finally:
         shutil.rmtree(base, ignore_errors=True)
-    text = json.dumps(report, indent=2)
-    if options.report is not None:
-        options.report.parent.mkdir(parents=True, exist_ok=True)
-        options.report.write_text(text + "\n")
-    print(text)
-    return 1 if report["failures"] else 0
+    return tell(report, options.report)
 
 
 if __name__ == "__main__":

@@ -14,15 +14,7 @@ import pytest
 from farshore.fmm import Counts, Hint, Kind, Root, WatchError
 from farshore.fmm.inotify import InotifyWatcher
 
-from .conftest import Clock, Watch, covered, directories, joined, map_of, until
-
-needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
-PARENT = Kind.MODIFIED | Kind.ATTRIBUTES
-
-
-def touch(path: bytes, data: bytes = b"") -> None:
-    with open(path, "ab") as file:
-        file.write(data)
+from .conftest import PARENT, Clock, Watch, covered, directories, joined, map_of, needs_root, touch, until
 
 
 def test_deletion_of_a_tree(watch: Watch, top: bytes) -> None:

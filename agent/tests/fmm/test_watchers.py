@@ -20,16 +20,7 @@ from farshore.fmm.inotify import InotifyWatcher
 from farshore.fmm.protected import Protected
 from farshore.fmm.types import Inode
 
-from .conftest import Clock, Watch, covered, directories, joined, map_of, until
-
-needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
-PARENT = Kind.MODIFIED | Kind.ATTRIBUTES
-
-
-def touch(path: bytes, data: bytes = b"") -> None:
-    with open(path, "ab") as file:
-        file.write(data)
-
+from .conftest import PARENT, Clock, Watch, covered, directories, joined, map_of, needs_root, touch, until
 
 # Each change that FMM promises to report.
 

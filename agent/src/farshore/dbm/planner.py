@@ -130,6 +130,7 @@ class Planner:
         self._epoch = epoch
         self._filters = [Filter(root) for root in roots]
         self._rules = repr(roots).encode()
+        self._rules_applied = index.get_fact(RULES) == self._rules
         self._limited = [limits.is_limited(root) for root in roots]
         self._boundaries = limits.Boundaries(roots)
         #: What is looked at again when it is old enough to be sent, and what the limits leave alone.
@@ -450,17 +451,15 @@ class Planner:
 
         Not while the index may know what the rules leave alone by now: only who lists it forgets it.
         """
-        if not self._assisted or self.view.still or not self._rules_applied():
+        if not self._assisted or self.view.still or not self._rules_applied:
             return False
         return self._index.has_below(root, path, _MANY_PATHS)
 
-    def _rules_applied(self) -> bool:
-        return self._index.get_fact(RULES) == self._rules
-
     def note_rules(self) -> None:
         """Everything was looked at by the roots' rules."""
-        if not self._rules_applied():
+        if not self._rules_applied:
             self._index.set_fact(RULES, self._rules)
+            self._rules_applied = True
 
     def _look(self, batch: Batch, root: int, path: bytes, kind: Kind, work: Work) -> None:
         self.looked_at += 1

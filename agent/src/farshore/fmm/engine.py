@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import ClassVar, Generic, TypeVar
 
+from farshore.fmm import kernel
 from farshore.fmm.cookies import Cookies
 from farshore.fmm.errors import WatchError
 from farshore.fmm.protected import RESCAN, RESCAN_INTERVAL, Protected, check_overlaps, show
@@ -18,7 +19,7 @@ from farshore.fmm.types import Counts, Hint
 from farshore.log import Log
 
 _log = Log(__name__)
-_LIMITS = Path("/proc/sys/fs")
+_CHUNK = 1 << 18
 
 R = TypeVar("R", bound=Protected)
 
@@ -166,8 +167,8 @@ class Engine(ABC, Generic[R]):
         """Work off what is queued, up to one buffer, and whatever is due by now."""
 
     @abstractmethod
-    def _read(self) -> int:
-        """Work off one buffer; returns its bytes, 0 when nothing is queued."""
+    def _digest(self, data: bytes) -> None:
+        """Work off the events that were read."""
 
     @abstractmethod
     def _queued(self) -> float:
@@ -186,6 +187,17 @@ class Engine(ABC, Generic[R]):
         """How many directories are watched."""
 
     # What they share.
+
+    def _read(self) -> int:
+        """Work off one buffer; returns its bytes, 0 when nothing is queued."""
+        if self._fd < 0:
+            return 0
+        try:
+            data = os.read(self._fd, _CHUNK)
+        except BlockingIOError:
+            return 0
+        self._digest(data)
+        return len(data)
 
     def _catch_up(self) -> None:
         """Work off what happened before the call: all that is queued, up to a change of our own."""
@@ -213,7 +225,7 @@ class Engine(ABC, Generic[R]):
         self._overflows += 1
         _log.warning(
             "event queue overflowed; looking at everything again",
-            limit=self._limit("max_queued_events"),
+            limit=kernel.limit(self.name, "max_queued_events"),
             remedy=f"sysctl -w fs.{self.name}.max_queued_events=N",
         )
         self._begin_again()
@@ -277,10 +289,3 @@ class Engine(ABC, Generic[R]):
 
     def _register(self, poll: select.poll) -> None:
         """Whatever else may end a wait."""
-
-    def _limit(self, name: str) -> int | None:
-        """One of the kernel's limits of the engine."""
-        try:
-            return int((_LIMITS / self.name / name).read_bytes())
-        except (OSError, ValueError):
-            return None

@@ -45,7 +45,6 @@ from farshore.log import Log
 
 log = Log(__name__)
 
-_CHUNK = 1 << 18
 _EVENTS = fan.CREATE | fan.DELETE | fan.RENAME | fan.MODIFY | fan.ATTRIB | fan.CLOSE_WRITE
 _ENTRY = fan.CREATE | fan.DELETE
 # Not O_PATH: handles cannot be opened through such a descriptor.
@@ -216,19 +215,6 @@ class FanotifyWatcher(Engine[_Watched]):
             self._next_rescan = now + RESCAN_INTERVAL
             self._doubt_unwatched()
 
-    def _read(self) -> int:
-        if self._fd < 0:
-            return 0
-        try:
-            data = os.read(self._fd, _CHUNK)
-        except BlockingIOError:
-            return 0
-        try:
-            self._digest(data)
-        finally:
-            self._close_mounts()
-        return len(data)
-
     def _queued(self) -> float:
         # FIONREAD counts the fixed parts of the events only.
         return math.inf
@@ -239,6 +225,12 @@ class FanotifyWatcher(Engine[_Watched]):
         self._doubt_unwatched()
 
     def _digest(self, data: bytes) -> None:
+        try:
+            self._work_off(data)
+        finally:
+            self._close_mounts()
+
+    def _work_off(self, data: bytes) -> None:
         for mask, where, to in fan.events(data):
             self._events += 1
             if where is None:
@@ -305,7 +297,7 @@ class FanotifyWatcher(Engine[_Watched]):
                     root.mark(b"", RESCAN)
 
     def _file_event(self, root: Protected, name: bytes, bits: int, is_directory: bool) -> None:
-        if name == os.path.basename(root.path) or name == root.name:
+        if name == root.name:
             root.mark(b"", bits)
             self._check_now |= is_directory
 

@@ -34,6 +34,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from farshore.fmm import kernel
 from farshore.fmm.engine import Engine
 from farshore.fmm.patterns import STAGING
 from farshore.fmm.protected import (
@@ -117,7 +118,6 @@ _BITS = _Bits()
 
 # struct inotify_event (inotify(7)): wd, mask, cookie, length of the name with its padding.
 _HEADER = struct.Struct("iIII")
-_CHUNK = 1 << 18
 _OPEN = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _PATH_LIMIT = 4000
 #: How many descriptors a descent holds open; deeper directories are opened again by their path.
@@ -228,16 +228,6 @@ class InotifyWatcher(Engine[_Watched]):
         if now >= self._next_rescan:
             self._next_rescan = now + RESCAN_INTERVAL
             self._retry_unwatched()
-
-    def _read(self) -> int:
-        if self._fd < 0:
-            return 0
-        try:
-            data = os.read(self._fd, _CHUNK)
-        except BlockingIOError:
-            return 0
-        self._digest(data)
-        return len(data)
 
     def _settle_all(self) -> None:
         self._resolve()
@@ -789,7 +779,7 @@ class InotifyWatcher(Engine[_Watched]):
         except OSError as error:
             self._trouble = f"inotify does not start: {error.strerror}"
             if error.errno == errno.EMFILE:
-                limit = self._limit("max_user_instances")
+                limit = kernel.limit(self.name, "max_user_instances")
                 self._trouble += (
                     f"; the limit on instances may be reached ({limit}); raise it: "
                     f"sysctl -w fs.inotify.max_user_instances={(limit or 128) * 4}"
@@ -860,5 +850,5 @@ class InotifyWatcher(Engine[_Watched]):
         remedy = _REMEDIES.get(error.errno or 0)
         if remedy is None:
             return error.strerror or str(error)
-        watches = self._limit("max_user_watches")
+        watches = kernel.limit(self.name, "max_user_watches")
         return remedy.format(watches=watches, more=max(524288, 4 * (watches or 0)))

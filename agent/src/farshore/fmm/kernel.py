@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-_MOST_WATCHES = Path("/proc/sys/fs/inotify/max_user_watches")
+_LIMITS = Path("/proc/sys/fs")
 #: On a machine of the least memory (fs/notify/inotify/inotify_user.c).
 _DEFAULT_WATCHES = 8192
 #: For each directory, so many watches: a tree may double before the limit has to be raised again.
@@ -50,10 +50,16 @@ def count_all(paths: Iterable[bytes], most: float = math.inf) -> int:
 
 def most_watches() -> int:
     """What ``fs.inotify.max_user_watches`` is."""
+    found = limit("inotify", "max_user_watches")
+    return _DEFAULT_WATCHES if found is None else found
+
+
+def limit(engine: str, name: str) -> int | None:
+    """One of the kernel's limits of ``inotify`` or ``fanotify``, None if it does not tell."""
     try:
-        return int(_MOST_WATCHES.read_bytes())
+        return int((_LIMITS / engine / name).read_bytes())
     except (OSError, ValueError):
-        return _DEFAULT_WATCHES
+        return None
 
 
 def _is_directory(entry: os.DirEntry[bytes]) -> bool:

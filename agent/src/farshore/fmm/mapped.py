@@ -1,10 +1,9 @@
 """Files that are written through shared mappings, of which the kernel reports nothing until they are unmapped.
 
 Who has such a mapping is told by /proc/PID/maps (proc(5)); whose memory has the size that it had is mostly not asked
-again. The first write to a page since it was written back sets the
-file's modification time, on all filesystems that have a disk; so that is looked at every second. Further writes to the
-same page change nothing that stat tells, and on filesystems in memory none does: so the content is compared now and
-then as well, at a pace that costs little.
+again. The first write to a page since it was written back sets the file's modification time, on all filesystems that
+have a disk; so that is looked at every second. Further writes to the same page change nothing that stat tells, and on
+filesystems in memory none does: so the content is compared now and then as well, at a pace that costs little.
 """
 
 from __future__ import annotations
