@@ -39,7 +39,7 @@ from farshore.dbm.messages import (
     SetMeta,
     Upload,
 )
-from farshore.fmm import Kind, Watcher, fanotify, inotify
+from farshore.fmm import Kind, Watcher, inotify
 
 from .conftest import Clock, Watch, covered, joined, until
 
@@ -568,8 +568,7 @@ def test_renames_whose_events_come_apart(
     engine: str, watch_any: WatchAny, top: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One event for each read: the two of a rename never come together."""
-    monkeypatch.setattr(inotify, "_CHUNK", 48)
-    monkeypatch.setattr(fanotify, "_CHUNK", 512)
+    monkeypatch.setattr("farshore.fmm.engine._CHUNK", {"inotify": 48, "fanotify": 512}[engine])
     os.makedirs(top + b"/d0/e")
     os.mkdir(top + b"/o")
     watcher = watch_any(top)
