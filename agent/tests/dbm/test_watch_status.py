@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import errno
-import os
 
 import pytest
 from nodes import Pair, until
+from watches import refuse
 
 from farshore.control.api import WatchStatus
-from farshore.fmm.inotify import InotifyWatcher
 
 
 async def watch(pair: Pair, side: str = "local") -> WatchStatus | None:
@@ -40,14 +39,7 @@ async def test_the_owner_tells_how_it_watches(pair: Pair) -> None:
 
 
 async def test_what_is_scanned_instead_is_told(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = InotifyWatcher._add_watch
-
-    def add(self: InotifyWatcher, fd: int) -> int:
-        if b"full" in os.readlink(b"/proc/self/fd/%d" % fd):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return real(self, fd)
-
-    monkeypatch.setattr(InotifyWatcher, "_add_watch", add)
+    refuse(monkeypatch, errno.ENOSPC, lambda path: b"full" in path)
     (pair.local_tree / "full").mkdir()
     await pair.own("local", 1)
     await pair.local.groups["web"].flush(60)

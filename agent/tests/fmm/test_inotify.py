@@ -6,10 +6,10 @@ import errno
 import os
 import shutil
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from watches import refuse
 
 from farshore.fmm import Counts, Hint, Kind, Root, WatchError
 from farshore.fmm.inotify import InotifyWatcher
@@ -260,19 +260,6 @@ def test_overflow_puts_everything_in_doubt(watch: Watch, top: bytes) -> None:
     touch(top + b"/one/lost/deep/x")
     assert watcher.drain() == [Hint(0, b"lost/deep/x", Kind.CREATED | Kind.MODIFIED), Hint(0, b"lost/deep", PARENT)]
     assert map_of(watcher) == {b"", b"lost", b"lost/deep"}
-
-
-def refuse(monkeypatch: pytest.MonkeyPatch, code: int, refused: Callable[[bytes], bool]) -> None:
-    """Let the kernel refuse to watch some directories."""
-    real = InotifyWatcher._add_watch
-
-    def add(self: InotifyWatcher, fd: int) -> int:
-        if refused(os.readlink(b"/proc/self/fd/%d" % fd)):
-            self._exhausted = self._exhausted or code == errno.ENOSPC
-            raise OSError(code, os.strerror(code))
-        return real(self, fd)
-
-    monkeypatch.setattr(InotifyWatcher, "_add_watch", add)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import errno
 import mmap
 import os
 import shutil
@@ -556,19 +555,6 @@ def test_drain_ends_while_changes_keep_coming(watch_any: Watch, top: bytes) -> N
 
 
 # Limits.
-
-
-def refuse(monkeypatch: pytest.MonkeyPatch, code: int, refused: Callable[[bytes], bool]) -> None:
-    """Let the kernel refuse to watch some directories."""
-    real = InotifyWatcher._add_watch
-
-    def add(self: InotifyWatcher, fd: int) -> int:
-        if refused(os.readlink(b"/proc/self/fd/%d" % fd)):
-            self._exhausted = self._exhausted or code == errno.ENOSPC
-            raise OSError(code, os.strerror(code))
-        return real(self, fd)
-
-    monkeypatch.setattr(InotifyWatcher, "_add_watch", add)
 
 
 def test_roots_are_looked_at_gently(

@@ -338,6 +338,7 @@ class Group:
             self._snapshots if self.config.consistency.mode == "snapshot" else None,
             self._marked,
             self._owners,
+            self._watched,
         )
         roots = [root for _, root in self._roots]
         self._sender.verifier = Verifier(
@@ -706,6 +707,12 @@ class Group:
         if self._paused:
             raise Paused(self.name)
         return await asyncio.wrap_future(self._feed.barrier())
+
+    async def _watched(self) -> None:
+        """Return when the watcher has put all in doubt, or cannot."""
+        if self._feed is not None:
+            # Who gives up waiting does not end it for others.
+            await asyncio.shield(asyncio.wrap_future(self._feed.began))
 
     @staticmethod
     async def _barrier(feed: Feed, with_mapped: bool = False) -> int:

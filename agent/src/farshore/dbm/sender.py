@@ -116,6 +116,8 @@ _ENOUGH = MAX_OPERATIONS // 2
 _ALL = 1 << 62
 #: Seconds for which the watcher may be asked, and after which a snapshot that failed is tried again.
 _BARRIER_SECONDS = 60.0
+#: So long, the first look at everything waits for the watcher.
+_WATCHER_SECONDS = 10.0
 #: The watcher may be so late to tell of a change on a busy machine.
 _SEEN_SECONDS = 0.5
 _AGAIN_SECONDS = 1.0
@@ -212,7 +214,8 @@ class Sender:
     ours. State for ``status`` is in the public attributes.
 
     With ``snapshots``, whole states are sent, each read from a snapshot; ``barrier`` then returns when everything that
-    changed before it was called is marked in ``dirty``.
+    changed before it was called is marked in ``dirty``. ``watched`` returns when the watcher has put all in doubt, as
+    it does when it begins, or cannot.
     """
 
     def __init__(
@@ -231,6 +234,7 @@ class Sender:
         snapshots: Snapshots | None = None,
         barrier: Callable[[], Awaitable[int]] | None = None,
         owners: Owners | None = None,
+        watched: Callable[[], Awaitable[object]] | None = None,
     ) -> None:
         self._group = group
         self._epoch = epoch
@@ -285,6 +289,7 @@ class Sender:
         self._doubted: set[tuple[int, bytes]] = set()
         self._snapshots = snapshots
         self._barrier = barrier
+        self._watched = watched
         self._cycle: Cycle | None = None
         self._next_cycle = 0.0
         #: What changed before is durable there: when the snapshot of the last complete state was about to be taken.
@@ -541,7 +546,8 @@ class Sender:
             hints = dirty_everything(range(len(self._roots)))
             planner.looked_at = 0
         elif not self.compared:
-            # Nobody watched before this process began, and the watcher may take long to start.
+            # Nobody watched before this process began, nor does anybody before the watcher has started.
+            await self._await_watcher()
             hints = [*hints, *dirty_everything(range(len(self._roots)))]
         if self._pending is not None:
             await self._in_worker(self._pending.reset)
@@ -575,6 +581,13 @@ class Sender:
         if self.verifier is not None:
             parts.append(self.verifier.session(self))
         await _until_one_ends(*parts)
+
+    async def _await_watcher(self) -> None:
+        """Not to look at everything for it once more; but it may take long to start."""
+        if self._watched is not None:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_WATCHER_SECONDS):
+                    await self._watched()
 
     async def _handshake(self, reader: asyncio.StreamReader) -> Welcome:
         try:

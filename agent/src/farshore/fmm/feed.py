@@ -52,6 +52,8 @@ class Feed:
         self._before = (0, 0)
         #: True while everything that can be watched is watched.
         self.watching = False
+        #: Done when that was so for the first time, and every root is marked, or when it could not be.
+        self.began: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, name="fmm", daemon=True)
 
     def start(self) -> None:
@@ -134,6 +136,7 @@ class Feed:
                     self._mark(self._watcher.start())
                     self._problem = ""
                     self.watching = True
+                    self._begun()
                     # Whoever asked meanwhile could wake nobody.
                     self._serve()
                     while not self._stop.is_set():
@@ -144,10 +147,15 @@ class Feed:
                     self._fail(error)
         finally:
             self.watching = False
+            self._begun()
             with self._lock:
                 self._ended = True
             self._refuse("the watcher has ended")
             self._watcher.close()
+
+    def _begun(self) -> None:
+        if not self.began.done():
+            self.began.set_result(None)
 
     def _renew(self) -> None:
         # Here and not where the feed is made: it may count directories for long, and fail for want of descriptors.
@@ -160,6 +168,7 @@ class Feed:
     def _fail(self, error: Exception) -> None:
         """Say what is wrong, and wait a little."""
         self.watching = False
+        self._begun()
         if self._problem != str(error):
             if isinstance(error, FarshoreError):
                 _log.warning("cannot watch", reason=error)

@@ -14,6 +14,8 @@ How the map of watches stays true, although events tell of the past and the disk
   is not the right one, later events about that path are still to come: it is looked at again then.
 - A watch is added first, then the directory is listed through the same descriptor. Each newly
   watched directory is reported as RESCAN, so what happened in it before the watch is covered.
+- Trees are watched many directories at a time (``descent``). Each is opened in the one above, which
+  was recognised by its watch.
 - A directory that is gone from its place keeps its watches for a moment. When it turns up again, as
   after a rename, it is put back with all that hangs below; if not, its watches are removed.
 """
@@ -30,11 +32,12 @@ import struct
 import termios
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from farshore.fmm import kernel
+from farshore.fmm.descent import ELSEWHERE, MOST, TOO_LARGE, Descent, Found
 from farshore.fmm.engine import Engine
 from farshore.fmm.patterns import STAGING
 from farshore.fmm.protected import (
@@ -120,8 +123,6 @@ _BITS = _Bits()
 _HEADER = struct.Struct("iIII")
 _OPEN = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _PATH_LIMIT = 4000
-#: How many descriptors a descent holds open; deeper directories are opened again by their path.
-_DEPTH = 48
 
 #: Seconds for which a directory that vanished from its place keeps its watches.
 _GRACE = 1.0
@@ -201,6 +202,7 @@ class InotifyWatcher(Engine[_Watched]):
         self._plain = all(root.plain for root in self._roots)
         self._mask = _MASK | (_ACCESS if reads else 0)
         self._system: Any = None
+        self._descent: Descent | None = None
         self._cookie_wd = -1
         self._nodes: dict[int, _Node] = {}
         self._parents: dict[int, dict[bytes, _Watched]] = {}
@@ -461,65 +463,131 @@ class InotifyWatcher(Engine[_Watched]):
 
     def _explore(self, top: _Node, fd: int) -> None:
         """Watch every directory below ``top``, which is newly watched and open as ``fd``."""
-        deep: list[_Node] = []
-        stack: list[tuple[_Node, int, Iterator[bytes]]] = [(top, fd, self._listing(top, fd))]
-        try:
-            while stack or deep:
-                if not stack:
-                    node = deep.pop()
-                    again = self._recognise(node)
-                    if again is None:
-                        self._unsure[node] = None
-                        continue
-                    stack.append((node, again, self._listing(node, again)))
-                node, directory, names = stack[-1]
-                name = next(names, None)
-                if name is None:
-                    stack.pop()
-                    if directory != fd:
-                        os.close(directory)
-                    continue
-                below = self._descend(node, name, directory)
-                if below is None:
-                    continue
-                child = node.children[name]
-                if len(stack) < _DEPTH:
-                    stack.append((child, below, self._listing(child, below)))
-                else:
-                    os.close(below)
-                    deep.append(child)
-        finally:
-            for _, directory, _ in stack:
-                if directory != fd:
-                    os.close(directory)
+        tops: list[tuple[_Node, list[bytes], int]] = [(top, self._listing(top, fd), fd)]
+        while tops:
+            node, names, at = tops.pop()
+            again = at if at == fd else self._recognise(node)
+            if again is None:
+                self._unsure[node] = None
+                continue
+            try:
+                tops += [(node, names, -1) for node, names in self._explore_from(node, names, again)]
+            finally:
+                if again != fd:
+                    os.close(again)
 
-    def _listing(self, node: _Node, fd: int) -> Iterator[bytes]:
-        """The subdirectories of ``node`` that are to be watched."""
+    def _explore_from(self, top: _Node, names: list[bytes], fd: int) -> list[tuple[_Node, list[bytes]]]:
+        """Watch what is called ``names`` in ``top``, and all below; returns where paths are too long for that."""
+        assert self._descent is not None
+        deep = []
+        waiting = [(top, names)]
+        while waiting:
+            part: list[tuple[_Node, list[bytes]]] = []
+            parents: list[tuple[bytes, int, list[bytes]]] = []
+            room = MOST
+            while waiting and room:
+                node, names = waiting.pop()
+                if not names:
+                    continue
+                if node.wd < 0 or self._locate(node) is None or not node.base.startswith(top.base):
+                    self._unsure[node] = None
+                    continue
+                path = node.base[len(top.base) : -1]
+                if len(path) > _PATH_LIMIT:
+                    deep.append((node, names))
+                    continue
+                if len(names) > room:
+                    waiting.append((node, names[room:]))
+                    names = names[:room]
+                room -= len(names)
+                part.append((node, names))
+                parents.append((path, node.wd, names))
+            if not part:
+                break
+            owner = top.owner
+            device = owner.identity[0] if owner is not None and owner.root.one_filesystem else None
+            for (node, names), (wd, found) in zip(part, self._descent.watch(fd, parents, device), strict=True):
+                if wd != node.wd:
+                    # Something else has its place by now.
+                    self._release(wd)
+                    self._unsure[node] = None
+                for name, each in zip(names, found, strict=False):
+                    child = self._take_in(node, name, each)
+                    if child is not None:
+                        waiting.append((child, self._names_below(child, each)))
+        return deep
+
+    def _take_in(self, node: _Node, name: bytes, found: Found) -> _Node | None:
+        """Put a directory that was watched in its place below ``node``; returns it if what is below must be, too."""
+        wd = found.wd
+        if wd < 0:
+            if wd == -ELSEWHERE or -wd in ABSENT:
+                self._let_go(node, name)
+            else:
+                self._exhausted |= -wd == errno.ENOSPC
+                self._give_up(node, name, self._reason(OSError(-wd, os.strerror(-wd))))
+            return None
+        child = self._nodes.get(wd)
+        if child is None:
+            child = self._nodes[wd] = _Node(wd)
+            self._attach(node, name, child)
+            return child
+        if node.children.get(name) is not child:
+            # It is known in another place.
+            fd = self._recognise(node)
+            if fd is None:
+                self._unsure[node] = None
+            else:
+                try:
+                    self._enter(node, name, fd)
+                finally:
+                    os.close(fd)
+        return None
+
+    def _names_below(self, node: _Node, found: Found) -> list[bytes]:
+        """The subdirectories of a newly watched directory that are to be watched."""
+        if not found.problem:
+            return self._allowed(node, found.names)
+        fd = self._recognise(node) if found.problem == TOO_LARGE else None
+        if fd is not None:
+            try:
+                return self._listing(node, fd)
+            finally:
+                os.close(fd)
+        if found.problem == TOO_LARGE:
+            self._unsure[node] = None
+        elif node.parent is not None:
+            self._give_up(node.parent, node.name, self._reason(OSError(found.problem, os.strerror(found.problem))))
+        return []
+
+    def _listing(self, node: _Node, fd: int) -> list[bytes]:
+        """The subdirectories of ``node`` that are to be watched; raises OSError for a root only."""
         try:
-            return iter(self._subdirectories(node, fd))
+            return self._subdirectories(node, fd)
         except OSError as error:
             if node.parent is None:
                 raise
             self._give_up(node.parent, node.name, self._reason(error))
-            return iter(())
+            return []
 
-    def _subdirectories(self, node: _Node, fd: int) -> list[bytes]:
+    def _allowed(self, node: _Node, names: list[bytes]) -> list[bytes]:
+        """Those of the subdirectories of ``node`` that the root's patterns leave in."""
+        if not names:
+            return names
         owner = self._locate(node)
         if owner is None:
             self._unsure[node] = None
             return []
+        return [name for name in names if owner.filter.allows(node.base + name, True)]
+
+    def _subdirectories(self, node: _Node, fd: int) -> list[bytes]:
         names = []
         with os.scandir(fd) as entries:
             for entry in entries:
-                try:
-                    if not entry.is_dir(follow_symlinks=False):
-                        continue
-                except FileNotFoundError:
-                    continue
-                name = os.fsencode(entry.name)
-                if owner.filter.allows(node.base + name, True):
-                    names.append(name)
-        return names
+                with contextlib.suppress(FileNotFoundError):
+                    if entry.is_dir(follow_symlinks=False):
+                        names.append(os.fsencode(entry.name))
+        return self._allowed(node, names)
 
     def _recognise(self, node: _Node) -> int | None:
         """Open the path at which ``node`` should lie; None when something else or nothing is there."""
@@ -789,6 +857,7 @@ class InotifyWatcher(Engine[_Watched]):
         os.set_inheritable(fd, False)
         os.set_blocking(fd, False)
         self._fd = fd
+        self._descent = Descent(fd, self._mask)
         self._watch_cookies()
         now = self._clock()
         self._next_check = now + ROOT_INTERVAL
@@ -814,6 +883,7 @@ class InotifyWatcher(Engine[_Watched]):
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+            self._descent = None
         for node in self._nodes.values():
             # Whoever still holds one of them sees that it is over.
             node.wd = -1

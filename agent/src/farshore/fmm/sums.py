@@ -4,40 +4,43 @@ An entry's mark is a hash of its name and of all that lstat tells of it and by w
 marks of a directory's entries can be kept up to date entry by entry, in any order, and compared with what is on the
 disk without a look at any entry. Marks are keyed with a secret of each index, so that nobody can make two changes that
 cancel each other out; by chance, a change goes unnoticed once in 2^64 times.
-
-The kernels call the C library by name: directories are read by getdents64 and statx (both in glibc since 2.30).
 """
 
 from __future__ import annotations
 
-import importlib
 import os
 import struct
 import tempfile
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from farshore.fmm.libc import (
+    AT_LSTAT,
+    BASIC_STATS,
+    D_NAME,
+    D_RECLEN,
+    ENTRIES,
+    OPEN,
+    close,
+    errno_location,
+    getdents,
+    kernel,
+    openat,
+    statx,
+)
 from farshore.fmm.patterns import STAGING
-
-# Imported by name: only some of the numba versions we support carry type information.
-_numba: Any = importlib.import_module("numba")
-_types: Any = _numba.types
 
 u8: Any = np.uint8
 u64: Any = np.uint64
 i64: Any = np.int64
 Array = Any
 
-_F = TypeVar("_F", bound=Callable[..., Any])
-
 #: Words of an entry's record before its name: mode with type, owners, size, mtime, ctime, device, inode, name's length.
 _WORDS = 8
 _RECORD = struct.Struct(f"<{_WORDS}q")
 _MOST_NAME = 256
-#: Bytes of directory entries that are asked for at once.
-_ENTRIES = 1 << 16
 #: Room for the names of subdirectories in one call.
 _NAMES = 1 << 20
 
@@ -49,23 +52,11 @@ _S33 = np.uint64(33)
 _LOW = np.uint64(0xFFFFFFFF)
 _S32 = np.uint64(32)
 
-_OPEN = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-# AT_SYMLINK_NOFOLLOW and, as lstat, AT_NO_AUTOMOUNT.
-_AT = 0x100 | 0x800
 _ENOENT = 2
-_BASIC_STATS = 0x7FF
 _TYPE = 0o170000
 _DIRECTORY = 0o040000
 _SOCKET = 0o140000
 _STAGING = np.frombuffer(STAGING, np.uint8)
-
-_openat: Any = _types.ExternalFunction("openat", _types.int32(_types.int32, _types.uintp, _types.int32))
-_close: Any = _types.ExternalFunction("close", _types.int32(_types.int32))
-_getdents: Any = _types.ExternalFunction("getdents64", _types.intp(_types.int32, _types.uintp, _types.uintp))
-_statx: Any = _types.ExternalFunction(
-    "statx", _types.int32(_types.int32, _types.uintp, _types.int32, _types.uint32, _types.uintp)
-)
-_errno: Any = _types.ExternalFunction("__errno_location", _types.CPointer(_types.int32)())
 
 
 class Sum(NamedTuple):
@@ -80,19 +71,14 @@ class Sum(NamedTuple):
 NOTHING = Sum(0, 0, 0)
 
 
-def _kernel(signature: str, **options: Any) -> Callable[[_F], _F]:
-    decorate: Callable[[_F], _F] = _numba.njit(signature, cache=True, nogil=True, **options)
-    return decorate
-
-
-@_kernel("uint64(uint64, uint64)", inline="always")
+@kernel("uint64(uint64, uint64)", inline="always")
 def _mixed(state: Any, word: Any) -> Any:
     state = (state ^ word) * _MIX_1
     state ^= state >> _S33
     return state * _MIX_2 + _STEP
 
 
-@_kernel("uint64(uint64[::1], int64, uint64)")
+@kernel("uint64(uint64[::1], int64, uint64)")
 def _hash(words: Array, count: int, key: Any) -> Any:
     """The mark of a record of ``count`` words."""
     state = key
@@ -101,7 +87,7 @@ def _hash(words: Array, count: int, key: Any) -> Any:
     return state ^ (state >> _S33)
 
 
-@_kernel(
+@kernel(
     "int64(int32, uint8[::1], int64[::1], int64, uint64, uint64[:, ::1], uint8[::1], int64[::1], uint8[::1], "
     "uint8[::1], uint64[::1])"
 )
@@ -133,20 +119,20 @@ def _sum_up(
     for i in range(first, total):
         before_found, before_used = found, used
         sums[i, 0] = sums[i, 1] = sums[i, 2] = sums[i, 3] = u64(0)
-        fd = _openat(np.int32(root), np.uintp(paths.ctypes.data + starts[i]), np.int32(_OPEN))
+        fd = openat(np.int32(root), np.uintp(paths.ctypes.data + starts[i]), np.int32(OPEN))
         if fd < 0:
             continue
         good = True
         full = False
         while good:
-            length = _getdents(fd, np.uintp(buffer.ctypes.data), np.uintp(_ENTRIES))
+            length = getdents(fd, np.uintp(buffer.ctypes.data), np.uintp(ENTRIES))
             if length <= 0:
                 good = length == 0
                 break
             at = i64(0)
             while at < length:
-                size = i64(buffer[at + 16]) | (i64(buffer[at + 17]) << 8)
-                name = at + 19
+                size = i64(buffer[at + D_RECLEN]) | (i64(buffer[at + D_RECLEN + 1]) << 8)
+                name = at + D_NAME
                 end = name
                 while buffer[end] != 0:
                     end += 1
@@ -161,14 +147,14 @@ def _sum_up(
                             ours &= buffer[name + k] == _STAGING[k]
                         if ours:
                             continue
-                code = _statx(
+                code = statx(
                     fd,
                     np.uintp(buffer.ctypes.data + name),
-                    np.int32(_AT),
-                    np.uint32(_BASIC_STATS),
+                    np.int32(AT_LSTAT),
+                    np.uint32(BASIC_STATS),
                     np.uintp(status.ctypes.data),
                 )
-                if code != 0 and _errno()[0] == _ENOENT:
+                if code != 0 and errno_location()[0] == _ENOENT:
                     # Gone since it was listed.
                     continue
                 if code != 0 or count >= _MOST_NAME:
@@ -210,7 +196,7 @@ def _sum_up(
                     used += count + 1
                     owners[2 + found] = i
                     found += 1
-        _close(fd)
+        close(fd)
         if full and before_found:
             # Those of this directory come with the next call.
             return i
@@ -260,7 +246,7 @@ class Room:
     def __init__(self) -> None:
         self._names = np.empty(_NAMES, np.uint8)
         self._owners = np.empty(2 + _NAMES // 4, np.int64)
-        self._buffer = np.empty(_ENTRIES, np.uint8)
+        self._buffer = np.empty(ENTRIES, np.uint8)
         self._status = np.empty(256, np.uint8)
         self._record = np.zeros(_WORDS + _MOST_NAME // 8, np.uint64)
 
