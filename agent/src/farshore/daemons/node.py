@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import importlib
 import math
 import os
 import signal
@@ -297,6 +298,17 @@ def _peers(config: NodeConfig) -> list[str]:
     return [group.peer.address for group in config.groups.values()]
 
 
+def warm_up() -> None:
+    """Compile or load the kernels before anybody waits for them; raises RuntimeError if they are wrong."""
+    from farshore import delta
+    from farshore.fmm import sums
+
+    delta.warm_up()
+    sums.warm_up()
+    # Compiled when it is imported, by whoever watches with inotify.
+    importlib.import_module("farshore.fmm.descent")
+
+
 async def run(config: NodeConfig, path: Path | None = None) -> None:
     """Run a node until SIGTERM or SIGINT; SIGHUP has it read its configuration at ``path``, if given, anew."""
     stop, again = asyncio.Event(), asyncio.Event()
@@ -305,12 +317,7 @@ async def run(config: NodeConfig, path: Path | None = None) -> None:
         loop.add_signal_handler(number, stop.set)
     if path is not None:
         loop.add_signal_handler(signal.SIGHUP, again.set)
-    # Compile or load the kernels before anybody waits for them.
-    from farshore import delta
-    from farshore.fmm import sums
-
-    await asyncio.to_thread(delta.warm_up)
-    await asyncio.to_thread(sums.warm_up)
+    await asyncio.to_thread(warm_up)
     config.runtime_dir.mkdir(parents=True, exist_ok=True)
     node = Node(config)
     await node.start(config.runtime_dir / client.NODE_SOCKET)
