@@ -214,3 +214,55 @@ def test_changes_while_the_watcher_is_at_work(engine: str, seed: int) -> None:
             witness.note(joined(witness.watcher.read(0.001)))
         changer.join()
         witness.finish()
+
+
+@pytest.mark.parametrize("seed", range(6 * EFFORT))
+def test_a_large_tree_that_moves_while_it_begins_to_be_watched(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is watched in many parts, by several threads, each of which finds its directories by their paths."""
+    monkeypatch.setattr("farshore.fmm.inotify.MOST", 16)
+    rng = random.Random(seed)
+    with arena() as top:
+        for n in range(1200):
+            os.makedirs(top + b"/d%d/e%d/f%d" % (n % 12, n % 7, n))
+        stop = threading.Event()
+
+        def change() -> None:
+            while not stop.is_set():
+                paths = [top + b"/d%d" % rng.randrange(12) for _ in range(2)]
+                if rng.random() < 0.7:
+                    paths = [path + b"/e%d" % rng.randrange(7) for path in paths]
+                if rng.random() < 0.3:
+                    paths[1] = os.path.join(top, OUTSIDE, b"x")
+                # Exchanged (RENAME_EXCHANGE), or one moved to where nothing is.
+                libc.renameat2(-100, paths[0], -100, paths[1], rng.choice([0, 2]))
+
+        changer = threading.Thread(target=change)
+        changer.start()
+        clock = Clock()
+        watcher = InotifyWatcher([Root(top)], clock=clock)
+        try:
+            watcher.start()
+            for _ in range(rng.randrange(3)):
+                watcher.read(0.001)
+            stop.set()
+            changer.join()
+            there = directories(top)
+
+            def is_seen(name: bytes) -> bool:
+                for path in there:
+                    os.close(os.open(os.path.join(top, path, name), os.O_CREAT | os.O_WRONLY, 0o644))
+                seen = joined(watcher.drain())
+                return all(covered(os.path.join(path, name), seen) for path in there)
+
+            # Also where it is not settled yet what lies where.
+            assert is_seen(b"new")
+            for _ in range(5):
+                clock.now += 10
+                watcher.read(0)
+            assert map_of(watcher) == there
+            assert is_seen(b"newer")
+            assert not watcher.problems()
+        finally:
+            stop.set()
+            changer.join()
+            watcher.close()

@@ -32,7 +32,10 @@ import struct
 import termios
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +127,9 @@ _HEADER = struct.Struct("iIII")
 _OPEN = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _PATH_LIMIT = 4000
 
+#: Threads that watch a large tree.
+_THREADS = 2
+
 #: Seconds for which a directory that vanished from its place keeps its watches.
 _GRACE = 1.0
 
@@ -166,6 +172,26 @@ class _Watched(Protected):
         return self.top is not None or self.parent_wd >= 0
 
 
+#: Directories that are watched at one go: where each lies, its path from the top of the walk, and names in it.
+_Part = list[tuple[_Node, bytes, list[bytes]]]
+
+
+@dataclass(slots=True)
+class _Walk:
+    """A descent from the directory ``top``, open as ``fd``."""
+
+    top: _Node
+    fd: int
+    #: Directories, each with the names in it that are to be watched.
+    waiting: list[tuple[_Node, list[bytes]]]
+    #: The same, from which another walk must begin; None if the names are not known.
+    far: list[tuple[_Node, list[bytes] | None]] = field(default_factory=list)
+    #: Names under which something was found that is known in another place.
+    known: list[tuple[_Node, bytes]] = field(default_factory=list)
+    #: Watches of what is not where it should be.
+    strays: list[int] = field(default_factory=list)
+
+
 class InotifyWatcher(Engine[_Watched]):
     """Watches directory trees and single files with inotify (the Watcher protocol of ``types``).
 
@@ -202,7 +228,7 @@ class InotifyWatcher(Engine[_Watched]):
         self._plain = all(root.plain for root in self._roots)
         self._mask = _MASK | (_ACCESS if reads else 0)
         self._system: Any = None
-        self._descent: Descent | None = None
+        self._descents: list[Descent] = []
         self._cookie_wd = -1
         self._nodes: dict[int, _Node] = {}
         self._parents: dict[int, dict[bytes, _Watched]] = {}
@@ -463,102 +489,109 @@ class InotifyWatcher(Engine[_Watched]):
 
     def _explore(self, top: _Node, fd: int) -> None:
         """Watch every directory below ``top``, which is newly watched and open as ``fd``."""
-        tops: list[tuple[_Node, list[bytes], int]] = [(top, self._listing(top, fd), fd)]
-        while tops:
-            node, names, at = tops.pop()
-            again = at if at == fd else self._recognise(node)
-            if again is None:
+        far: list[tuple[_Node, list[bytes] | None]] = [(top, None)]
+        while far:
+            node, names = far.pop()
+            at = fd if node is top else self._recognise(node)
+            if at is None:
                 self._unsure[node] = None
                 continue
             try:
-                tops += [(node, names, -1) for node, names in self._explore_from(node, names, again)]
+                walk = _Walk(node, at, [(node, self._listing(node, at) if names is None else names)])
+                self._go(walk)
             finally:
-                if again != fd:
-                    os.close(again)
+                if at != fd:
+                    os.close(at)
+            far += walk.far
+            # Only now: while more are added elsewhere, what is taken back could be one of these.
+            for wd in walk.strays:
+                self._release(wd)
+            for above, name in walk.known:
+                self._settle(above, name)
 
-    def _explore_from(self, top: _Node, names: list[bytes], fd: int) -> list[tuple[_Node, list[bytes]]]:
-        """Watch what is called ``names`` in ``top``, and all below; returns where paths are too long for that."""
-        assert self._descent is not None
-        deep = []
-        waiting = [(top, names)]
-        while waiting:
-            part: list[tuple[_Node, list[bytes]]] = []
-            parents: list[tuple[bytes, int, list[bytes]]] = []
-            room = MOST
-            while waiting and room:
-                node, names = waiting.pop()
-                if not names:
-                    continue
-                if node.wd < 0 or self._locate(node) is None or not node.base.startswith(top.base):
-                    self._unsure[node] = None
-                    continue
-                path = node.base[len(top.base) : -1]
-                if len(path) > _PATH_LIMIT:
-                    deep.append((node, names))
-                    continue
-                if len(names) > room:
-                    waiting.append((node, names[room:]))
-                    names = names[:room]
-                room -= len(names)
-                part.append((node, names))
-                parents.append((path, node.wd, names))
-            if not part:
-                break
-            owner = top.owner
-            device = owner.identity[0] if owner is not None and owner.root.one_filesystem else None
-            for (node, names), (wd, found) in zip(part, self._descent.watch(fd, parents, device), strict=True):
-                if wd != node.wd:
-                    # Something else has its place by now.
-                    self._release(wd)
-                    self._unsure[node] = None
-                for name, each in zip(names, found, strict=False):
-                    child = self._take_in(node, name, each)
-                    if child is not None:
-                        waiting.append((child, self._names_below(child, each)))
-        return deep
+    def _go(self, walk: _Walk) -> None:
+        """Watch all that is ``waiting`` in a walk, and all below it; what needs a closer look is put aside there."""
+        owner = self._locate(walk.top)
+        device = owner.identity[0] if owner is not None and owner.root.one_filesystem else None
+        free = list(self._descents)
+        crew: ThreadPoolExecutor | None = None
+        under_way: deque[tuple[_Part, Descent, Future[list[tuple[int, list[Found]]]]]] = deque()
+        try:
+            while True:
+                while free and (part := self._next_part(walk)):
+                    parents = [(path, node.wd, names) for node, path, names in part]
+                    if crew is None and not under_way and not walk.waiting:
+                        # So few that nobody else is needed.
+                        self._take_part(walk, part, free[-1].watch(walk.fd, parents, device))
+                        continue
+                    crew = crew or ThreadPoolExecutor(len(self._descents), thread_name_prefix="descent")
+                    descent = free.pop()
+                    under_way.append((part, descent, crew.submit(descent.watch, walk.fd, parents, device)))
+                if not under_way:
+                    return
+                part, descent, found = under_way.popleft()
+                self._take_part(walk, part, found.result())
+                free.append(descent)
+        finally:
+            if crew is not None:
+                crew.shutdown()
 
-    def _take_in(self, node: _Node, name: bytes, found: Found) -> _Node | None:
-        """Put a directory that was watched in its place below ``node``; returns it if what is below must be, too."""
-        wd = found.wd
-        if wd < 0:
-            if wd == -ELSEWHERE or -wd in ABSENT:
-                self._let_go(node, name)
-            else:
-                self._exhausted |= -wd == errno.ENOSPC
-                self._give_up(node, name, self._reason(OSError(-wd, os.strerror(-wd))))
-            return None
-        child = self._nodes.get(wd)
-        if child is None:
-            child = self._nodes[wd] = _Node(wd)
-            self._attach(node, name, child)
-            return child
-        if node.children.get(name) is not child:
-            # It is known in another place.
-            fd = self._recognise(node)
-            if fd is None:
+    def _next_part(self, walk: _Walk) -> _Part:
+        """The next directories that are to be watched; none when none are waiting."""
+        part: _Part = []
+        room = MOST
+        while walk.waiting and room:
+            node, names = walk.waiting.pop()
+            if not names:
+                continue
+            if node.wd < 0 or self._locate(node) is None or not node.base.startswith(walk.top.base):
                 self._unsure[node] = None
-            else:
-                try:
-                    self._enter(node, name, fd)
-                finally:
-                    os.close(fd)
-        return None
+                continue
+            path = node.base[len(walk.top.base) : -1]
+            if len(path) > _PATH_LIMIT:
+                walk.far.append((node, names))
+                continue
+            if len(names) > room:
+                walk.waiting.append((node, names[room:]))
+                names = names[:room]
+            room -= len(names)
+            part.append((node, path, names))
+        return part
 
-    def _names_below(self, node: _Node, found: Found) -> list[bytes]:
-        """The subdirectories of a newly watched directory that are to be watched."""
-        if not found.problem:
-            return self._allowed(node, found.names)
-        fd = self._recognise(node) if found.problem == TOO_LARGE else None
-        if fd is not None:
-            try:
-                return self._listing(node, fd)
-            finally:
-                os.close(fd)
-        if found.problem == TOO_LARGE:
-            self._unsure[node] = None
-        elif node.parent is not None:
-            self._give_up(node.parent, node.name, self._reason(OSError(found.problem, os.strerror(found.problem))))
-        return []
+    def _take_part(self, walk: _Walk, part: _Part, result: list[tuple[int, list[Found]]]) -> None:
+        """Put the directories that were watched in their places, and have those below them watched."""
+        for (node, _, names), (wd, found) in zip(part, result, strict=True):
+            if wd != node.wd:
+                # Something else has its place by now.
+                walk.strays.append(wd)
+                self._unsure[node] = None
+                continue
+            for name, each in zip(names, found, strict=True):
+                if each.wd < 0:
+                    self._left_out(node, name, -each.wd)
+                    continue
+                child = self._nodes.get(each.wd)
+                if child is not None:
+                    if node.children.get(name) is not child:
+                        # It is known in another place.
+                        walk.known.append((node, name))
+                    continue
+                child = self._nodes[each.wd] = _Node(each.wd)
+                self._attach(node, name, child)
+                if each.problem == TOO_LARGE:
+                    walk.far.append((child, None))
+                elif each.problem:
+                    self._left_out(node, name, each.problem)
+                elif each.names:
+                    walk.waiting.append((child, self._allowed(child, each.names)))
+
+    def _left_out(self, node: _Node, name: bytes, code: int) -> None:
+        """The directory ``name``, or what is below it, is not watched: an error's number, or ELSEWHERE, tells why."""
+        if code == ELSEWHERE or code in ABSENT:
+            self._let_go(node, name)
+        else:
+            self._exhausted |= code == errno.ENOSPC
+            self._give_up(node, name, self._reason(OSError(code, os.strerror(code))))
 
     def _listing(self, node: _Node, fd: int) -> list[bytes]:
         """The subdirectories of ``node`` that are to be watched; raises OSError for a root only."""
@@ -857,7 +890,7 @@ class InotifyWatcher(Engine[_Watched]):
         os.set_inheritable(fd, False)
         os.set_blocking(fd, False)
         self._fd = fd
-        self._descent = Descent(fd, self._mask)
+        self._descents = [Descent(fd, self._mask) for _ in range(_THREADS)]
         self._watch_cookies()
         now = self._clock()
         self._next_check = now + ROOT_INTERVAL
@@ -883,7 +916,7 @@ class InotifyWatcher(Engine[_Watched]):
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-            self._descent = None
+            self._descents = []
         for node in self._nodes.values():
             # Whoever still holds one of them sees that it is over.
             node.wd = -1
