@@ -22,7 +22,7 @@ from farshore.dbm.work import Batch, Work
 from farshore.fmm import Hint, Kind, Root
 from farshore.fmm.dirty import Dirty
 from farshore.fmm.patterns import Filter
-from farshore.fmm.sums import NOTHING, Room, mark
+from farshore.fmm.sums import NOTHING, Marker, Room
 
 from .test_planner import Source, paths_of
 
@@ -250,6 +250,40 @@ def test_many_directories_of_many_names(tmp_path: Path) -> None:
     source.index.close()
 
 
+U32, U64, I64 = st.integers(0, (1 << 32) - 1), st.integers(0, (1 << 64) - 1), st.integers(-(1 << 63), (1 << 63) - 1)
+
+
+def mark_in_words(key: int, name: bytes, *numbers: int) -> int:
+    """A mark as indexes on disk have it, computed one step after the other."""
+    mode, uid, gid, *others = numbers
+    words = [mode, uid | gid << 32, *(number % (1 << 64) for number in others), len(name)]
+    padded = name + bytes(-len(name) % 8)
+    words += [int.from_bytes(padded[at : at + 8], "little") for at in range(0, len(padded), 8)]
+    state = key
+    for word in words:
+        state = (state ^ word) * 0xFF51AFD7ED558CCD % (1 << 64)
+        state ^= state >> 33
+        state = (state * 0xC4CEB9FE1A85EC53 + 0x9E3779B97F4A7C15) % (1 << 64)
+    state ^= state >> 33
+    return state - (1 << 64) if state >> 63 else state
+
+
+@given(
+    key=U64,
+    entries=st.lists(
+        st.tuples(st.binary(max_size=255), U32, U32, U32, U64, I64, I64, U64, U64),
+        min_size=1,
+        max_size=6,
+    ),
+)
+def test_marks_stay_what_they_are_whatever_was_marked_before(
+    key: int, entries: list[tuple[bytes, int, int, int, int, int, int, int, int]]
+) -> None:
+    marker = Marker(key)
+    for entry in entries:
+        assert marker.mark(*entry) == mark_in_words(key, *entry)
+
+
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     names=st.lists(
@@ -280,14 +314,15 @@ def test_the_kernel_sums_up_what_the_index_marks(
     finally:
         os.close(fd)
     expected = [0, 0, 0]
+    marker = Marker(key)
     for name in names:
         if name.startswith(b".farshore-"):
             continue
         s = os.lstat(top + b"/" + name)
-        one = mark(
-            key, name, s.st_mode, s.st_uid, s.st_gid, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_dev, s.st_ino
+        one = marker.mark(
+            name, s.st_mode, s.st_uid, s.st_gid, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_dev, s.st_ino
         )
-        expected = [expected[0] + 1, expected[1] + (one & 0xFFFFFFFF), expected[2] + (one >> 32)]
+        expected = [expected[0] + 1, expected[1] + (one & 0xFFFFFFFF), expected[2] + ((one >> 32) & 0xFFFFFFFF)]
     assert found == tuple(expected)
     assert sorted(below) == sorted(name for name in names[::4] if not name.startswith(b".farshore-"))
     shutil.rmtree(top)

@@ -20,9 +20,8 @@ import msgspec
 
 from farshore.dbm.messages import INLINE_MAX
 from farshore.errors import StateError
-from farshore.fmm import sums
 from farshore.fmm.scanner import kind_of
-from farshore.fmm.sums import Sum
+from farshore.fmm.sums import Marker, Sum
 from farshore.fmm.types import FileKind, Observed
 
 _VERSION = 3
@@ -237,6 +236,7 @@ class Index:
             key = secrets.token_bytes(8)
             self._db.execute("INSERT OR IGNORE INTO facts VALUES (?, ?)", (_KEY, key))
             self._key = int.from_bytes(self.get_fact(_KEY) or key, "big")
+            self._marker = Marker(self._key)
         except BaseException as error:
             self._db.close()
             if is_damage(error):
@@ -440,19 +440,16 @@ class Index:
         """The mark by which a directory's listing is compared; 0, which nothing has, for what must be looked at."""
         if not entry.ctime_ns or not entry.ino or entry.mode < 0:
             return 0
-        return _signed(
-            sums.mark(
-                self._key,
-                name,
-                _TYPES[entry.kind] | entry.mode,
-                entry.uid,
-                entry.gid,
-                entry.size,
-                entry.mtime_ns,
-                entry.ctime_ns,
-                entry.dev,
-                entry.ino,
-            )
+        return self._marker.mark(
+            name,
+            _TYPES[entry.kind] | entry.mode,
+            entry.uid,
+            entry.gid,
+            entry.size,
+            entry.mtime_ns,
+            entry.ctime_ns,
+            entry.dev,
+            entry.ino,
         )
 
     def put_all(self, entries: Iterable[Known]) -> None:

@@ -38,7 +38,7 @@ inotify_add_watch: Any = _types.ExternalFunction(
 errno_location: Any = _types.ExternalFunction("__errno_location", _types.CPointer(_types.int32)())
 
 
-def kernel(signature: str, **options: Any) -> Callable[[_F], _F]:
-    """Compile a function for ``signature``, once and for all processes; others run while it does."""
-    decorate: Callable[[_F], _F] = _numba.njit(signature, cache=True, nogil=True, **options)
+def kernel(signature: str, nogil: bool = True, **options: Any) -> Callable[[_F], _F]:
+    """Compile a function for ``signature``, once for all processes; with ``nogil``, other threads run while it does."""
+    decorate: Callable[[_F], _F] = _numba.njit(signature, cache=True, nogil=nogil, **options)
     return decorate

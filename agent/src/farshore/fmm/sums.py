@@ -39,8 +39,8 @@ Array = Any
 
 #: Words of an entry's record before its name: mode with type, owners, size, mtime, ctime, device, inode, name's length.
 _WORDS = 8
-_RECORD = struct.Struct(f"<{_WORDS}q")
 _MOST_NAME = 256
+_RECORD = struct.Struct(f"<3Q2q3Q{_MOST_NAME}s")
 #: Room for the names of subdirectories in one call.
 _NAMES = 1 << 20
 
@@ -85,6 +85,13 @@ def _hash(words: Array, count: int, key: Any) -> Any:
     for i in range(count):
         state = _mixed(state, words[i])
     return state ^ (state >> _S33)
+
+
+# So short that it is not worth letting other threads have the interpreter.
+@kernel("int64(uint64[::1], uint64)", nogil=False)
+def _signed_mark(record: Array, key: Any) -> Any:
+    """The mark of a record that holds all its words, as the signed number of the same bits."""
+    return i64(_hash(record, _WORDS + (min(i64(record[_WORDS - 1]), i64(_MOST_NAME)) + 7) // 8, key))
 
 
 @kernel(
@@ -207,26 +214,29 @@ def _sum_up(
     return int(total)
 
 
-def mark(
-    key: int, name: bytes, mode: int, uid: int, gid: int, size: int, mtime_ns: int, ctime_ns: int, dev: int, ino: int
-) -> int:
-    """The mark of an entry, in 64 bits: ``mode`` with the type of what it is, as lstat tells it."""
-    record = _RECORD.pack(
-        mode,
-        _signed(uid | gid << 32),
-        _signed(size),
-        mtime_ns,
-        ctime_ns,
-        _signed(dev),
-        _signed(ino),
-        len(name),
-    )
-    words = np.frombuffer(bytearray(record + name + bytes(-len(name) % 8)), np.uint64)
-    return int(_hash(words, len(words), key))
+class Marker:
+    """Makes marks that are keyed with ``key``, for one thread at a time."""
 
+    def __init__(self, key: int) -> None:
+        self._key = key
+        self._record = np.zeros(_WORDS + _MOST_NAME // 8, np.uint64)
+        self._bytes = self._record.data.cast("B")
 
-def _signed(number: int) -> int:
-    return number - (1 << 64) if number >= 1 << 63 else number
+    def mark(
+        self,
+        name: bytes,
+        mode: int,
+        uid: int,
+        gid: int,
+        size: int,
+        mtime_ns: int,
+        ctime_ns: int,
+        dev: int,
+        ino: int,
+    ) -> int:
+        """The mark of an entry, as a signed number of 64 bits: ``mode`` with the type, all as lstat tells it."""
+        _RECORD.pack_into(self._bytes, 0, mode, uid | gid << 32, size, mtime_ns, ctime_ns, dev, ino, len(name), name)
+        return _signed_mark(self._record, self._key)  # type: ignore[no-any-return]
 
 
 def warm_up() -> None:
@@ -234,7 +244,7 @@ def warm_up() -> None:
     with tempfile.TemporaryDirectory(prefix="farshore-") as empty:
         top = os.open(empty, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            if Room().sum_up(top, [b"."], 1) != [(NOTHING, [])] or not mark(1, b"x", 0, 0, 0, 0, 0, 0, 0, 0):
+            if Room().sum_up(top, [b"."], 1) != [(NOTHING, [])] or not Marker(1).mark(b"x", *[0] * 8):
                 raise RuntimeError("the self-test of reading directories failed")
         finally:
             os.close(top)
