@@ -11,6 +11,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from farshore.dbm import index as index_module
 from farshore.dbm.index import Index, IndexView, Known
 from farshore.errors import StateError
 from farshore.fmm.types import FileKind
@@ -19,6 +20,8 @@ from farshore.fmm.types import FileKind
 NAMES = [b"a", b"a.", b"a0"]
 DIRECTORIES = [b"", b"a", b"a0"]
 PATHS = [b"", b"a", b"a.", b"a0", b"a/a", b"a/a.", b"a0/a", b"a/a/a"]
+# Of blocks that are looked into together, the first, a middle and the last one; and numbers that need all 64 bits.
+INODES = [1, 5, 63, 64, (1 << 63) - 1, 1 << 63, (1 << 64) - 1]
 ROOTS = st.sampled_from([0, 0, 0, 1])
 ANY = st.sampled_from(PATHS)
 BELOW = st.sampled_from(PATHS[1:])
@@ -57,7 +60,7 @@ class IndexMachine(RuleBasedStateMachine):
         self.index.begin()
         self.model, self.committed = Model(), Model()
 
-    @rule(root=ROOTS, path=ANY, ino=st.integers(1, 5))
+    @rule(root=ROOTS, path=ANY, ino=st.sampled_from(INODES))
     def put(self, root: int, path: bytes, ino: int) -> None:
         self.index.put(entry(root, path, ino))
         self.model.entries[root, path] = entry(root, path, ino)
@@ -68,6 +71,13 @@ class IndexMachine(RuleBasedStateMachine):
         for name in NAMES:
             child = path + b"/" + name if path else name
             assert self.index.get(root, child) == self.model.entries.get((root, child))
+
+    @rule(ino=st.sampled_from(INODES))
+    def look_for_inode(self, ino: int) -> None:
+        there = {key for key, known in self.model.entries.items() if known.ino == ino}
+        assert self.index.may_have_inode(ino) or not there
+        found = {(known.root, known.path) for root in (0, 1) for known in self.index.by_inode(root, 4, ino)}
+        assert found == there
 
     @rule(root=ROOTS, path=ANY)
     def remove(self, root: int, path: bytes) -> None:
@@ -116,6 +126,40 @@ class IndexMachine(RuleBasedStateMachine):
 
 IndexMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)
 TestIndex = IndexMachine.TestCase
+
+
+@pytest.mark.parametrize("blocks", [1, 1024])
+def test_an_inode_that_is_not_known_is_told_from_those_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, blocks: int
+) -> None:
+    monkeypatch.setattr(index_module, "_MOST_BLOCKS", blocks)
+    monkeypatch.setattr(index_module, "_MOST_IN_BLOCK", 3)
+    index = Index(tmp_path / "index.db")
+    index.begin()
+    # As many as nobody reads for one block: there, any inode may be known. What has no inode does not count.
+    index.put_all([entry(0, b"names/%d" % number, 700) for number in range(3)])
+    index.put_all([entry(0, b"listed/%d" % number, 0) for number in range(9)])
+    index.put(entry(1, b"other", 64))
+    expected = {0: True, 1: False, 63: False, 64: True, 65: False, 700: True, 701: True, 768: False}
+    for _ in range(2):
+        assert {ino: index.may_have_inode(ino) for ino in expected} == expected
+    index.put(entry(0, b"new", 65))
+    assert index.may_have_inode(65)
+    assert not index.may_have_inode(66)
+    index.close()
+
+
+def test_an_inode_that_was_removed_is_known_again_when_that_is_taken_back(tmp_path: Path) -> None:
+    index = Index(tmp_path / "index.db")
+    index.begin()
+    index.put(entry(0, b"a", 700))
+    index.commit()
+    index.begin()
+    index.remove(0, b"a")
+    assert not index.may_have_inode(700)
+    index.rollback()
+    assert index.may_have_inode(700)
+    index.close()
 
 
 def test_a_view_sees_what_is_committed_while_the_index_is_written(tmp_path: Path) -> None:

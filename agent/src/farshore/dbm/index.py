@@ -43,6 +43,12 @@ RULES = "rules"
 #: The key of the entries' marks.
 _KEY = "key"
 _INT64 = 1 << 63
+#: Inodes are looked into by blocks of 16, as filesystems give new files numbers that lie next to each other; more at
+#: once would cost too much where only one is asked for. Of so many blocks it is remembered which inodes are known, at
+#: most; and none is read further than so many entries.
+_BLOCK_BITS = 4
+_MOST_BLOCKS = 1024
+_MOST_IN_BLOCK = 64
 _DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 # The directory comes first in the key, so that what lies in one, and all that lies below one, are ranges of it.
 _SCHEMA = f"""
@@ -63,6 +69,7 @@ _COLUMNS = "kind, mode, uid, gid, size, mtime_ns, ctime_ns, dev, ino, nlink, rde
 _GET = f"SELECT {_COLUMNS} FROM entries WHERE root=? AND parent=? AND name=?"  # noqa: S608
 _PUT = "INSERT OR REPLACE INTO entries VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)"
 _BY_INODE = f"SELECT parent, name, {_COLUMNS} FROM entries WHERE ino=? AND dev=? AND root=?"  # noqa: S608
+_INODES = "SELECT ino FROM entries WHERE ino>=? AND ino<=? LIMIT ?"
 _LIKE = (
     f"SELECT root, parent, name, {_COLUMNS} FROM entries WHERE size=? AND size>{INLINE_MAX} "  # noqa: S608
     f"AND kind={int(FileKind.FILE)} AND digest=?"
@@ -187,7 +194,7 @@ def _joined(parent: bytes, name: bytes) -> bytes:
 
 def clamp_time(nanoseconds: int) -> int:
     """The nearest time that 64 bits hold: filesystems know years beyond 2262, SQLite and the wire do not."""
-    return max(-_INT64, min(_INT64 - 1, nanoseconds))
+    return nanoseconds if -_INT64 <= nanoseconds < _INT64 else max(-_INT64, min(_INT64 - 1, nanoseconds))
 
 
 def is_damage(error: BaseException) -> bool:
@@ -218,6 +225,9 @@ class Index:
         #: newly walked directory holds is asked for once, in vain, and this spares the question.
         self._bare: tuple[int, bytes] | None = None
         self._put_there: set[bytes] = set()
+        #: Blocks of inodes that were looked into, and what is known in them: each number of an entry, and maybe others.
+        self._blocks: set[int] = set()
+        self._inodes: set[int] = set()
         try:
             self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         except sqlite3.Error as error:
@@ -268,6 +278,8 @@ class Index:
     def rollback(self) -> None:
         """The replica has not acknowledged: forget the changes."""
         self._bare = None
+        # What was removed, and not found in them, comes back.
+        self._forget_inodes()
         if self._db.in_transaction:
             self._db.execute("ROLLBACK")
 
@@ -327,6 +339,28 @@ class Index:
         """As ``by_inode``, one after the other: who needs one only does not read them all. Put nothing meanwhile."""
         for parent, name, *row in self._db.execute(_BY_INODE, (_signed(ino), _signed(dev), root)):
             yield _known(root, _joined(parent, name), row)
+
+    def may_have_inode(self, ino: int) -> bool:
+        """False when surely no path was made from an inode of this number: cheaper than ``by_inode`` for new files."""
+        block = ino >> _BLOCK_BITS
+        if block not in self._blocks:
+            if len(self._blocks) >= _MOST_BLOCKS:
+                self._forget_inodes()
+            first = block << _BLOCK_BITS
+            last = first + (1 << _BLOCK_BITS) - 1
+            # 0 is no inode, and may be that of all that the replica has listed.
+            bounds = (_signed(first or 1), _signed(last), _MOST_IN_BLOCK)
+            found = self._db.execute(_INODES, bounds).fetchall()
+            if len(found) < _MOST_IN_BLOCK:
+                self._inodes.update(known % (1 << 64) for (known,) in found)
+            else:
+                self._inodes.update(range(first, last + 1))
+            self._blocks.add(block)
+        return ino in self._inodes or not ino
+
+    def _forget_inodes(self) -> None:
+        self._blocks.clear()
+        self._inodes.clear()
 
     def like(self, size: int, digest: bytes) -> list[Known]:
         """The large files of the replica that have this size in bytes and this BLAKE3-256."""
@@ -411,6 +445,8 @@ class Index:
         parent, name = _split(entry.path)
         if (entry.root, parent) == self._bare:
             self._put_there.add(name)
+        if entry.ino >> _BLOCK_BITS in self._blocks:
+            self._inodes.add(entry.ino)
         self._db.execute(
             _PUT,
             (

@@ -1021,7 +1021,7 @@ class Planner:
         root, path = seen.root, seen.path
         if not path or (seen.nlink > 1 and seen.kind is not FileKind.DIRECTORY):
             return None
-        same = self._index.by_inode(root, seen.dev, seen.ino)
+        same = self._index.by_inode(root, seen.dev, seen.ino) if self._index.may_have_inode(seen.ino) else []
         if not same:
             self._lonely = (root, seen.dev, seen.ino)
         for old in same:
