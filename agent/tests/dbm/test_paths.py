@@ -14,10 +14,29 @@ from hypothesis import strategies as st
 from replicas import DIRECTORY, FILE, Replica, stream, upload
 
 from farshore.dbm.messages import Chunk, Copy, MakeDir, Nak, NoSignature, Patch, Put, Remove, Upload, WantSignature
-from farshore.dbm.replica.paths import Handles, open_regular
+from farshore.dbm.replica.paths import MAX_PATH, Handles, check, open_regular
 from farshore.errors import UnsafePath
 
 PARTS = st.sampled_from([b"", b"/", b"//", b"///", b".", b"..", b"secret", b"d", b"door", b"\0", b"f", b"root"])
+# Names that are too long, or ours, and what is almost that.
+ODD_PARTS = st.sampled_from([b".farshore-", b".farshore", b".x", b"\n", b"n" * 254, b"/" + b"n" * 255, b"/.", b"/x"])
+
+
+@settings(max_examples=500)
+@given(
+    st.lists(PARTS | ODD_PARTS, max_size=6).map(b"".join)
+    | st.integers(14, 17).map(lambda count: b"/".join([b"n" * 255] * count))
+)
+def test_a_path_is_allowed_if_each_of_its_names_is(path: bytes) -> None:
+    allowed = all(
+        name not in (b"", b".", b"..") and b"\0" not in name and len(name) < 256 and not name.startswith(b".farshore-")
+        for name in (path.split(b"/") if path else [])
+    )
+    if allowed and len(path) <= MAX_PATH:
+        assert check(path) is path
+    else:
+        with pytest.raises(UnsafePath):
+            check(path)
 
 
 @pytest.fixture

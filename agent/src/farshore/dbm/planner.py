@@ -70,7 +70,8 @@ _MOST_REASONS = 100
 _LINKED = (FileKind.SYMLINK, FileKind.FIFO)
 _NO_INODE = (-1, 0, 0)
 _FAR_AWAY = "its time is before 1677 or after 2262, and is sent as the nearest of these"
-_CONTENT = Kind.MODIFIED | Kind.CREATED | Kind.MOVED_TO
+#: As a number: flags are slow to combine.
+_CONTENT = (Kind.MODIFIED | Kind.CREATED | Kind.MOVED_TO).value
 #: Nobody said that it changed: it is in a directory that is listed, whose subdirectories are not.
 _LISTED = Kind(0)
 #: From so many known paths on, a part of the tree is compared by directories.
@@ -395,8 +396,9 @@ class Planner:
             why = "its extended attributes are too large to be all replicated"
             seen = replace(seen, xattrs=kept)
         self._note(seen.root, seen.path, "xattrs", why)
-        if not all(-_INT64 <= time_ns < _INT64 for time_ns in (seen.atime_ns, seen.mtime_ns, seen.ctime_ns)):
-            atime, mtime, ctime = map(clamp_time, (seen.atime_ns, seen.mtime_ns, seen.ctime_ns))
+        times = seen.atime_ns, seen.mtime_ns, seen.ctime_ns
+        if min(times) < -_INT64 or max(times) >= _INT64:
+            atime, mtime, ctime = map(clamp_time, times)
             self._note(seen.root, seen.path, "times", None if mtime == seen.mtime_ns else _FAR_AWAY)
             seen = replace(seen, atime_ns=atime, mtime_ns=mtime, ctime_ns=ctime)
         elif self.problems:
@@ -482,7 +484,7 @@ class Planner:
                 # What was protected is gone; something that is not took its place.
                 self._remove(batch, known, work)
             return
-        force = bool(kind & _CONTENT)
+        force = kind.value & _CONTENT != 0
         if self._limited[root] and self._leave_alone(batch, root, path, status, known, force, work):
             return
         # Of a file, lstat tells all; of others it is believed only where nobody said that they changed.
@@ -509,7 +511,7 @@ class Planner:
             if self._limited[root] and self._is_beyond(root, b"", seen.size, seen.mtime_ns, seen.ctime_ns, unchanged):
                 return
             # A root that is a single file has no directory of ours to be looked up in.
-            self._sync_single_file(batch, seen, known, bool(kind & _CONTENT), work)
+            self._sync_single_file(batch, seen, known, kind.value & _CONTENT != 0, work)
         else:
             self._sync_other(batch, seen, known, work)
         if Kind.RESCAN in kind and seen.kind is FileKind.DIRECTORY:
@@ -1276,7 +1278,7 @@ class Planner:
 
 def _fitting(xattrs: tuple[tuple[bytes, bytes], ...]) -> tuple[tuple[bytes, bytes], ...]:
     """Of a file's attributes those that fit into a message, the small ones first: ACLs and capabilities are."""
-    if sum(len(name) + len(value) + _XATTR_OVERHEAD for name, value in xattrs) <= _MAX_XATTRS:
+    if not xattrs or sum(len(name) + len(value) + _XATTR_OVERHEAD for name, value in xattrs) <= _MAX_XATTRS:
         return xattrs
     kept, room = [], _MAX_XATTRS
     for name, value in sorted(xattrs, key=lambda each: len(each[0]) + len(each[1])):
