@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import struct
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import blake3
 
@@ -20,8 +20,7 @@ _DIGEST = 16
 _APART = 4096
 
 
-@dataclass(frozen=True, slots=True)
-class Position:
+class Position(NamedTuple):
     """Transactions up to ``seq`` are applied, and of the next one its first ``operations``."""
 
     seq: int = 0

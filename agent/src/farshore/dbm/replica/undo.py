@@ -13,6 +13,8 @@ import os
 import stat
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
+from operator import attrgetter
 from typing import Protocol
 
 import msgspec
@@ -371,12 +373,10 @@ def _names(there: os.stat_result) -> int:
 
 def steps(todos: Iterable[Todo]) -> list[Step]:
     """What is to be written down of a slice."""
-    found: list[Step] = []
-    for todo in todos:
-        if found and found[-1].seq == todo.seq:
-            last = found[-1]
-            found[-1] = Step(last.seq, last.time_ns, last.first, todo.number + 1, last.entries)
-            last.entries.extend(todo.undo)
-        else:
-            found.append(Step(todo.seq, todo.time_ns, todo.number, todo.number + 1, list(todo.undo)))
+    found = []
+    for seq, group in groupby(todos, attrgetter("seq")):
+        of_seq = list(group)
+        first, last = of_seq[0], of_seq[-1]
+        entries = [entry for todo in of_seq for entry in todo.undo]
+        found.append(Step(seq, first.time_ns, first.number, last.number + 1, entries))
     return found
