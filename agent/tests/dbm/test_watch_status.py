@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import errno
+import threading
+from collections.abc import Sequence
 
 import pytest
 from nodes import Pair, until
 from watches import refuse
 
 from farshore.control.api import WatchStatus
+from farshore.daemons.node import Node
+from farshore.fmm import Hint
+from farshore.fmm.inotify import InotifyWatcher
 
 
 async def watch(pair: Pair, side: str = "local") -> WatchStatus | None:
@@ -56,3 +61,51 @@ async def test_a_group_that_cannot_be_watched_has_failed(pair: Pair) -> None:
     found = await seen(pair)
     assert found.state == "failed"
     assert "Cannot watch" in found.reason
+
+
+async def test_all_is_looked_at_once_when_a_node_begins(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The watcher puts all in doubt when it begins; so the first look waits for it."""
+    may_begin = threading.Event()
+    real = InotifyWatcher.start
+
+    def start(self: InotifyWatcher) -> Sequence[Hint]:
+        may_begin.wait(60)
+        return real(self)
+
+    (pair.local_tree / "f").write_text("1")
+    await pair.own("local", 1)
+    await pair.local.groups["web"].flush(60)
+    monkeypatch.setattr(InotifyWatcher, "start", start)
+    await pair.restart("local")
+    group = pair.local.groups["web"]
+    await until(lambda: group._feed is not None and group._sender is not None, "it did not begin")
+    assert group._sender is not None
+    assert not group._sender.connected and group._sender.looked_at == 0
+    may_begin.set()
+    await group.flush(60)
+    # The root and the file.
+    assert group._sender.looked_at == 2
+
+
+async def test_who_watches_too_late_is_not_waited_for(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    may_begin = threading.Event()
+    real = InotifyWatcher.start
+
+    def start(self: InotifyWatcher) -> Sequence[Hint]:
+        may_begin.wait(60)
+        return real(self)
+
+    await pair.own("local", 1)
+    await pair.local.groups["web"].flush(60)
+    monkeypatch.setattr(InotifyWatcher, "start", start)
+    monkeypatch.setattr("farshore.dbm.sender._WATCHER_SECONDS", 0.05)
+    await pair.local.stop()
+    (pair.local_tree / "f").write_text("made meanwhile")
+    pair.local = Node(pair.local.config)
+    await pair.local.start(None)
+    try:
+        await until(lambda: (pair.remote_tree / "f").exists(), "it was not sent")
+        assert (await seen(pair)).state == "starting"
+    finally:
+        may_begin.set()
+    await pair.local.groups["web"].flush(60)

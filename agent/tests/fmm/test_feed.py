@@ -104,6 +104,30 @@ def test_a_watcher_that_fails_is_told_of(feed: Feed, made: list[Scripted]) -> No
     assert feed.problems() == ["Cannot watch /srv: it is gone"]
 
 
+def test_that_it_began_is_told_once(feed: Feed, made: list[Scripted]) -> None:
+    assert not feed.began.done()
+    feed.start()
+    feed.began.result(60)
+    assert feed.watching
+    made[0].fail.set()
+    made[0].wake()
+    until(lambda: feed.failed)
+    assert feed.began.done()
+
+
+def test_that_it_cannot_begin_is_told() -> None:
+    def make() -> Scripted:
+        raise OSError(24, "Too many open files")
+
+    feed = Feed(make, DirtySet(), lambda: None)
+    try:
+        feed.start()
+        feed.began.result(60)
+        until(lambda: feed.failed)
+    finally:
+        feed.close()
+
+
 def test_a_watcher_that_cannot_be_made_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("farshore.fmm.feed._RETRY_SECONDS", 0.05)
     made: list[Scripted] = []
