@@ -75,7 +75,7 @@ def overview(results: Mapping[str, Any]) -> str:
     rows: list[tuple[Mapping[str, Any], Mapping[str, Any]]] = []
     for row in results["rows"]:
         rows += [(row, c) for c in row["criteria"] if c["binding"] and c["median"] is not None and c["must"]]
-    left, right, top, step = 340.0, _WIDTH - 170.0, 112.0, 34.0
+    left, right, top, step = 340.0, _WIDTH - 190.0, 112.0, 34.0
     shares = [_share(c, c["median"]) for _, c in rows] or [1.0]
     # What is a hundred times better than it must be needs no longer scale.
     low = min(0.1, max(0.01, 10 ** math.floor(math.log10(max(1e-6, min(shares)) * 0.999))))
@@ -106,13 +106,13 @@ def overview(results: Mapping[str, Any]) -> str:
         if criterion["stretch"] is not None:
             mark = place(_share(criterion, criterion["stretch"]))
             body.append(_line(mark, y - 4, mark, y + 23, "stretch"))
-        body.append(_text(right + 12, y + 14, figure(criterion["median"], criterion["unit"]), "strong"))
+        body.append(_text(right + 32, y + 14, figure(criterion["median"], criterion["unit"]), "strong"))
         bound = f"{'≤' if criterion['better'] == 'lower' else '≥'} {figure(criterion['must'])}"
         body.append(_text(_WIDTH - 24, y + 14, bound, "small", "end"))
     body += [
         _line(place(1.0), top - 18, place(1.0), bottom + 2, "must"),
         _text(place(1.0), top - 24, "must", "strong small", "middle"),
-        _text(right + 12, top - 20, "figure", "small"),
+        _text(right + 32, top - 20, "figure", "small"),
         _text(_WIDTH - 24, top - 20, "must", "small", "end"),
     ]
     keys = (("stretch reached", "best"), ("must reached", "good"), ("missed", "bad"))
