@@ -94,7 +94,6 @@ STEPS: dict[str, dict[str, tuple[type, str]]] = {
         "an operation is applied": (Applier, "_apply_one"),
         "something is kept": (Tree, "keep"),
         "a file is placed": (Tree, "put"),
-        "a new file is made": (Tree, "create"),
         "something is moved": (Tree, "move"),
         "a transaction is applied": (Applier, "_finished"),
         "the trees are synced": (Tree, "sync"),
