@@ -23,7 +23,6 @@ from farshore.dbm.messages import Link, MakeDir, MakeSymlink, Meta, Move, Operat
 from farshore.dbm.replica.commit import Applier
 from farshore.dbm.replica.guard import Guard, Held, store
 from farshore.dbm.replica.history import NotRemembered
-from farshore.dbm.replica.stage import Stage
 from farshore.dbm.replica.staging import _check_numbers
 from farshore.dbm.replica.upload import Interrupted, Upload
 from farshore.dbm.replica.view import Progress, copy_out
@@ -130,64 +129,6 @@ def test_what_is_accepted_during_a_checkpoint_stays(replica: Replica, monkeypatc
     again = replica.open()
     again.work()
     assert replica.now() == {"a": b"1", "b": b"2"}
-
-
-def test_a_new_file_is_made_where_it_belongs(replica: Replica, monkeypatch: pytest.MonkeyPatch) -> None:
-    replica.tell(MakeDir(0, b"d", DIRECTORY), Put(0, b"d/a", FILE, b"1"))
-    created = []
-    create = Stage.create
-    monkeypatch.setattr(Stage, "create", lambda stage, mode=0: created.append(mode) or create(stage, mode))
-    replica.tell(Put(0, b"d/b", FILE, b"2"), Put(0, b"c", FILE, b""))
-    assert created == []
-    replica.tell(Put(0, b"d/b", FILE, b"3"))
-    assert len(created) == 1
-    assert replica.now() == {"d": None, "d/a": b"1", "d/b": b"3", "c": b""}
-
-
-@pytest.mark.parametrize(("code", "tries"), [(errno.ENOTSUP, 1), (errno.EISDIR, 1), (errno.ENOSPC, 2)])
-def test_where_no_file_can_be_made_without_a_name(
-    replica: Replica, monkeypatch: pytest.MonkeyPatch, code: int, tries: int
-) -> None:
-    replica.tell(Put(0, b"a", FILE, b"1"))
-    tried = []
-    really = os.open
-
-    def refusing(path: Any, flags: int, *arguments: Any, **where: Any) -> int:
-        if flags & os.O_TMPFILE == os.O_TMPFILE:
-            tried.append(path)
-            raise OSError(code, os.strerror(code))
-        return really(path, flags, *arguments, **where)
-
-    monkeypatch.setattr(os, "open", refusing)
-    replica.tell(Put(0, b"b", FILE, b"2"), Put(0, b"c", FILE, b"3"))
-    assert len(tried) == tries
-    assert replica.now() == {"a": b"1", "b": b"2", "c": b"3"}
-
-
-@pytest.mark.parametrize("call", ["write", "utime", "link"])
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.ENOENT, errno.EPERM])
-def test_a_new_file_that_fails_before_it_has_its_name(
-    replica: Replica, monkeypatch: pytest.MonkeyPatch, call: str, code: int
-) -> None:
-    replica.tell(Put(0, b"a", FILE, b"1"))
-    handles = len(os.listdir("/proc/self/fd"))
-    really, failed = getattr(os, call), []
-
-    def failing(*arguments: Any, **named: Any) -> Any:
-        # Once, in the new file, not in the journal.
-        if not failed and (call == "link" or os.fstat(arguments[0]).st_nlink == 0):
-            failed.append(code)
-            raise OSError(code, os.strerror(code))
-        return really(*arguments, **named)
-
-    monkeypatch.setattr(os, call, failing)
-    replica.tell(Put(0, b"b", FILE, b"2"), Put(0, b"c", FILE, b"3"))
-    assert failed == [code]
-    assert replica.applier.doubts == []
-    assert replica.now() == {"a": b"1", "b": b"2", "c": b"3"}
-    replica.applier.end_session()
-    assert len(os.listdir("/proc/self/fd")) <= handles
-    assert [name for name in os.listdir(replica.applier.stages[0].place()) if not name.startswith(b"since-")] == []
 
 
 def test_what_was_left_out_is_not_undone(replica: Replica) -> None:

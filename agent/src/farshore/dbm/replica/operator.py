@@ -11,7 +11,7 @@ from farshore.dbm.messages import Copy, Link, MakeDir, MakeNode, MakeSymlink, Me
 from farshore.dbm.replica.leaves import LeafStore
 from farshore.dbm.replica.stage import Stage, Staged
 from farshore.dbm.replica.tree import BaseUnknown, Tree, exists
-from farshore.dbm.replica.undo import Absent, Kept, Moved, Todo, Undo, WasDirectory
+from farshore.dbm.replica.undo import Kept, Moved, Todo, Undo, WasDirectory
 from farshore.errors import FarshoreError, UnsafePath
 from farshore.fmm.types import FileKind
 
@@ -144,9 +144,6 @@ class Operator:
         """Put a small content into place."""
         root, path, meta, data = operation.root, operation.path, operation.meta, operation.data
         tree, stage = self._trees[root], self._stages[root]
-        if _finds_nothing(todo) and tree.create(path, meta, data, stage.birth.device):
-            self.bytes += len(data)
-            return
         self._make_way(todo, path, leave=True)
         staged, handle = stage.create(meta.mode)
         try:
@@ -193,8 +190,3 @@ class Operator:
             stage.discard(staged)
             raise
         stage.placed(staged)
-
-
-def _finds_nothing(todo: Todo) -> bool:
-    """Whether it was looked up that nothing is where an operation puts something."""
-    return bool(todo.undo) and isinstance(todo.undo[-1], Absent)

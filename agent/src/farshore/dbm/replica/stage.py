@@ -46,13 +46,12 @@ class Staged(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class Birth:
     """What a new file in the stage is given by the system: ids, the permissions that it may have, and whether
-    attributes (a default ACL's) come with it; and the device that it lies on."""
+    attributes (a default ACL's) come with it."""
 
     uid: int
     gid: int
     permissions: int
     attributes: bool
-    device: int
 
 
 @contextlib.contextmanager
@@ -79,7 +78,7 @@ class Stage:
         self._choices = _choices(root, state)
         self._choice: bytes | None = None
         self._directory: int | None = None
-        self._birth = Birth(-1, -1, 0, True, -1)
+        self._birth = Birth(-1, -1, 0, True)
         prefix = secrets.token_hex(4).encode()
         self._names = (b"%s%08x" % (prefix, n & 0xFFFFFFFF) for n in itertools.count())
         self._made: set[bytes] = set()
@@ -340,7 +339,7 @@ def _birth(directory: int, name: bytes) -> Birth:
     finally:
         os.close(handle)
         os.unlink(name, dir_fd=directory)
-    return Birth(status.st_uid, status.st_gid, status.st_mode & _PERMISSIONS, attributes, status.st_dev)
+    return Birth(status.st_uid, status.st_gid, status.st_mode & _PERMISSIONS, attributes)
 
 
 def _open_ours(above: int, name: bytes) -> int:

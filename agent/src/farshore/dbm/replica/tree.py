@@ -52,10 +52,6 @@ _NODES = {
 }
 #: What says that a file can have no further name there: mounts, limits, filesystems without such names.
 _NO_LINK = (errno.EXDEV, errno.EMLINK, errno.EPERM, errno.ENOTSUP)
-_UNNAMED = os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC
-#: What says that a filesystem has no files without a name; a system that does not know them takes it for a directory.
-_NO_UNNAMED = (errno.ENOTSUP, errno.EISDIR, errno.EINVAL)
-_PERMISSIONS = stat.S_IRWXU | stat.S_IRWXG | stat.S_IRWXO
 #: Staged files whose metadata could not be kept in full, and that are not placed yet, at most.
 _MOST_PENDING = 100_000
 _READ = 1 << 20
@@ -100,8 +96,6 @@ class Tree:
         # Of staged files, by device and inode, until they are placed.
         self._pending: dict[tuple[int, int], list[str]] = {}
         self._clock = metadata.Clock()
-        #: Whether files may be made without a name.
-        self._unnamed = True
         #: Where to keep what nobody else has, and the judge of what that is; None in the ordinary case.
         self._aside: bytes | None = None
         self._rescue: Rescue | None = None
@@ -311,43 +305,6 @@ class Tree:
                 self._placed.add((placed.st_dev, placed.st_ino))
         except OSError as error:
             raise _unexpected(path, error) from None
-
-    def create(self, path: bytes, meta: Meta, data: bytes, device: int) -> bool:
-        """Make a file at ``path``, where nothing is: without a name until it is whole, and in its own directory.
-
-        Whether it was made: it is not where anything stands in the way, or away from ``device``, the stage's. Raises
-        UnsafePath.
-        """
-        # ext4 places a file by the directory that it is made in. Were all made in the stage, they would lie together,
-        # and making one there takes twenty times as long for minutes after thousands of them were removed.
-        if not self._unnamed or not path:
-            return False
-        try:
-            parent, name = self._handles.writable_parent(path)
-            if os.fstat(parent).st_dev != device:
-                return False
-            handle = os.open(b".", _UNNAMED, meta.mode & _PERMISSIONS, dir_fd=parent)
-        except OSError as error:
-            self._unnamed = error.errno not in _NO_UNNAMED
-            return False
-        causes: list[str] = []
-        try:
-            done = os.write(handle, data) if data else 0
-            while done < len(data):
-                done += os.write(handle, memoryview(data)[done:])
-            status = os.fstat(handle)
-            owner, mode = (status.st_uid, status.st_gid), stat.S_IMODE(status.st_mode)
-            metadata.give(handle, meta, causes.append, self._clock, owner=owner, mode=mode, bare=False, device=device)
-            os.link(b"/proc/self/fd/%d" % handle, name, dst_dir_fd=parent, follow_symlinks=True)
-        except OSError:
-            return False
-        finally:
-            os.close(handle)
-        if causes or self.unkept:
-            self.unkept.settle(self.full(path), causes)
-        if self._rescue is not None:
-            self._placed.add((status.st_dev, status.st_ino))
-        return True
 
     def make_symlink(self, staged: Staged, path: bytes, meta: Meta, target: bytes) -> None:
         """Put a symbolic link at ``path``, by the free name ``staged``; its target is data and is never followed."""
