@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator
 
 import pyinotify
@@ -127,6 +128,22 @@ def test_a_directory_of_many(top: bytes, monkeypatch: pytest.MonkeyPatch) -> Non
     try:
         watcher.start()
         assert watcher.counts().directories == 3000 + 4
+    finally:
+        watcher.close()
+
+
+def test_a_large_tree_where_no_thread_can_be_had(top: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    for n in range(1500):
+        os.makedirs(top + b"/%d/%d" % (n % 30, n))
+
+    def refuse(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    watcher = InotifyWatcher([Root(top)])
+    try:
+        watcher.start()
+        assert watcher.counts().directories == 1 + 30 + 1500
     finally:
         watcher.close()
 

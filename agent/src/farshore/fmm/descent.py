@@ -40,6 +40,7 @@ _PROC = np.frombuffer(b"/proc/self/fd/", np.uint8)
 _DT_DIR, _DT_UNKNOWN = 4, 0
 _TYPE, _DIRECTORY = 0o170000, 0o040000
 _AT_EMPTY_PATH = 0x1000
+_ENOENT = 2
 
 #: In place of an error's number. It lies on another filesystem than it should; it could not be listed in this room.
 ELSEWHERE, TOO_LARGE = 1 << 20, 1 << 21
@@ -158,14 +159,19 @@ def _descend(
                     if buffer[name] == 46 and (end == name + 1 or (end == name + 2 and buffer[name + 1] == 46)):
                         continue
                     if kind == _DT_UNKNOWN:
-                        if statx(
+                        code = statx(
                             fd,
                             np.uintp(buffer.ctypes.data + name),
                             np.int32(AT_LSTAT),
                             np.uint32(BASIC_STATS),
                             np.uintp(status.ctypes.data),
-                        ):
-                            continue
+                        )
+                        if code != 0:
+                            code = errno_location()[0]
+                            if code == _ENOENT:
+                                continue
+                            found[j, 1] = i64(code)
+                            break
                         if quarters[14] & _TYPE != _DIRECTORY:
                             continue
                     if used + end - name + 1 > names.shape[0] or count + 3 > owners.shape[0]:

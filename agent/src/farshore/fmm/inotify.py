@@ -32,7 +32,6 @@ import struct
 import termios
 import time
 import warnings
-from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -126,9 +125,6 @@ _BITS = _Bits()
 _HEADER = struct.Struct("iIII")
 _OPEN = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _PATH_LIMIT = 4000
-
-#: Threads that watch a large tree.
-_THREADS = 2
 
 #: Seconds for which a directory that vanished from its place keeps its watches.
 _GRACE = 1.0
@@ -228,7 +224,8 @@ class InotifyWatcher(Engine[_Watched]):
         self._plain = all(root.plain for root in self._roots)
         self._mask = _MASK | (_ACCESS if reads else 0)
         self._system: Any = None
-        self._descents: list[Descent] = []
+        #: This thread's, and its helper's.
+        self._descents: tuple[Descent, ...] = ()
         self._cookie_wd = -1
         self._nodes: dict[int, _Node] = {}
         self._parents: dict[int, dict[bytes, _Watched]] = {}
@@ -513,28 +510,28 @@ class InotifyWatcher(Engine[_Watched]):
         """Watch all that is ``waiting`` in a walk, and all below it; what needs a closer look is put aside there."""
         owner = self._locate(walk.top)
         device = owner.identity[0] if owner is not None and owner.root.one_filesystem else None
-        free = list(self._descents)
-        crew: ThreadPoolExecutor | None = None
-        under_way: deque[tuple[_Part, Descent, Future[list[tuple[int, list[Found]]]]]] = deque()
+        mine, other = self._descents
+        helper: ThreadPoolExecutor | None = None
+        ahead: tuple[_Part, Future[list[tuple[int, list[Found]]]]] | None = None
         try:
             while True:
-                while free and (part := self._next_part(walk)):
-                    parents = [(path, node.wd, names) for node, path, names in part]
-                    if crew is None and not under_way and not walk.waiting:
-                        # So few that nobody else is needed.
-                        self._take_part(walk, part, free[-1].watch(walk.fd, parents, device))
-                        continue
-                    crew = crew or ThreadPoolExecutor(len(self._descents), thread_name_prefix="descent")
-                    descent = free.pop()
-                    under_way.append((part, descent, crew.submit(descent.watch, walk.fd, parents, device)))
-                if not under_way:
+                part = self._next_part(walk)
+                if part and walk.waiting and ahead is None:
+                    # There is enough for two.
+                    helper = helper or _hire()
+                    if helper is not None:
+                        ahead = part, helper.submit(other.watch, walk.fd, _wanted(part), device)
+                        part = self._next_part(walk)
+                if part:
+                    self._take_part(walk, part, mine.watch(walk.fd, _wanted(part), device))
+                elif ahead is None:
                     return
-                part, descent, found = under_way.popleft()
-                self._take_part(walk, part, found.result())
-                free.append(descent)
+                if ahead is not None and (ahead[1].done() or not part):
+                    self._take_part(walk, ahead[0], ahead[1].result())
+                    ahead = None
         finally:
-            if crew is not None:
-                crew.shutdown()
+            if helper is not None:
+                helper.shutdown()
 
     def _next_part(self, walk: _Walk) -> _Part:
         """The next directories that are to be watched; none when none are waiting."""
@@ -890,7 +887,7 @@ class InotifyWatcher(Engine[_Watched]):
         os.set_inheritable(fd, False)
         os.set_blocking(fd, False)
         self._fd = fd
-        self._descents = [Descent(fd, self._mask) for _ in range(_THREADS)]
+        self._descents = Descent(fd, self._mask), Descent(fd, self._mask)
         self._watch_cookies()
         now = self._clock()
         self._next_check = now + ROOT_INTERVAL
@@ -916,7 +913,7 @@ class InotifyWatcher(Engine[_Watched]):
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-            self._descents = []
+            self._descents = ()
         for node in self._nodes.values():
             # Whoever still holds one of them sees that it is over.
             node.wd = -1
@@ -955,3 +952,18 @@ class InotifyWatcher(Engine[_Watched]):
             return error.strerror or str(error)
         watches = kernel.limit(self.name, "max_user_watches")
         return remedy.format(watches=watches, more=max(524288, 4 * (watches or 0)))
+
+
+def _wanted(part: _Part) -> list[tuple[bytes, int, list[bytes]]]:
+    return [(path, node.wd, names) for node, path, names in part]
+
+
+def _hire() -> ThreadPoolExecutor | None:
+    """Another thread, that runs already; None where there can be no more."""
+    helper = ThreadPoolExecutor(1, thread_name_prefix="descent")
+    try:
+        helper.submit(int)
+    except RuntimeError:
+        helper.shutdown(cancel_futures=True)
+        return None
+    return helper
