@@ -613,6 +613,34 @@ def test_a_file_of_many_names_is_looked_at_as_often_as_it_has_names(
     assert looks < 10 * count
 
 
+@pytest.mark.parametrize("together", [True, False])
+def test_a_file_of_many_names_that_all_go(source: Source, monkeypatch: pytest.MonkeyPatch, together: bool) -> None:
+    """Each of them is asked for the others, of which none is left."""
+    count, rows, known = 300, 0, source.index.each_by_inode
+
+    def counted(root: int, dev: int, ino: int) -> Iterator[Known]:
+        nonlocal rows
+        for each in known(root, dev, ino):
+            rows += 1
+            yield each
+
+    (source.tree / "d").mkdir()
+    (source.tree / "d" / "0").write_text("1")
+    for number in range(1, count):
+        os.link(source.tree / "d" / "0", source.tree / "d" / str(number))
+    source.tell()
+    monkeypatch.setattr(source.index, "each_by_inode", counted)
+    names = [b"d/%d" % number for number in range(count)]
+    if together:
+        shutil.rmtree(source.tree / "d")
+        assert paths_of(source.tell(Hint(0, b"d", Kind.DELETED)), Remove) == [b"d"]
+    else:
+        for name in names:
+            os.unlink(os.fsencode(source.tree) + b"/" + name)
+        assert sorted(paths_of(source.tell(*(Hint(0, name, Kind.DELETED) for name in names)), Remove)) == sorted(names)
+    assert rows < 10 * count
+
+
 def renaming(source: Source, monkeypatch: pytest.MonkeyPatch, old: Path, new: Path) -> None:
     """Rename something at the source as soon as a file's content was told."""
     emit = source.planner._emit

@@ -154,6 +154,8 @@ class Planner:
         self._lonely = _NO_INODE
         # By root and inode, a name that the file had when another name of it was lost: the last one only.
         self._kept_name: dict[tuple[int, Inode], tuple[bytes]] = {}
+        # By root, the last inode of which no name that the index knows was left, since the transaction began.
+        self._nameless: tuple[int, Inode] | None = None
         self._content_sent = False
         # Files that failed in the middle of their content, with their ctime then.
         self._unreadable: dict[tuple[int, bytes], int] = {}
@@ -179,6 +181,7 @@ class Planner:
         plan = self._plan = Planned(seq)
         self._touched.clear()
         self._made.clear()
+        self._nameless = None
         until = time.monotonic() + LOOK_SECONDS
         try:
             while not (batch.finished or plan.operations >= MAX_OPERATIONS or plan.content >= MAX_BYTES):
@@ -740,11 +743,13 @@ class Planner:
         One of them tells of all. If that is lost, too, before it was looked at, it leads to the next.
         """
         names = self._index.linked_below(lost.root, lost.path) if lost.kind is FileKind.DIRECTORY else [lost]
-        inodes = set()
+        asked: set[Inode] = set()
+        inodes: set[Inode] = set()
         for name in names:
             inode = name.dev, name.ino
-            if name.kind is not FileKind.FILE or name.nlink < 2 or not name.ino or inode in inodes:
+            if name.kind is not FileKind.FILE or name.nlink < 2 or not name.ino or inode in asked:
                 continue
+            asked.add(inode)
             if self._look_at_another_name(batch, inode, lost.root, lost.path, work):
                 inodes.add(inode)
         # If the connection ends before that is done, the index does not tell any more what the name stood for.
@@ -763,8 +768,10 @@ class Planner:
 
     def _look_at_one_name(self, batch: Batch, root: int, inode: Inode, lost: bytes | None, work: Work) -> bool:
         """As ``_look_at_another_name``, in one root."""
+        if (root, inode) == self._nameless:
+            return True
         known = (other.path for other in self._index.each_by_inode(root, *inode))
-        found = False
+        found = maybe = False
         for path in itertools.chain(self._kept_name.get((root, inode), ()), known):
             if lost is not None and (path == lost or path.startswith(lost + b"/")):
                 continue
@@ -772,6 +779,7 @@ class Planner:
             if not path:
                 # A root that is a single file.
                 batch.look(root, path, Kind.MODIFIED, work)
+                maybe = True
                 continue
             if not self._filters[root].allows(path, False):
                 continue
@@ -779,11 +787,15 @@ class Planner:
                 status = self._lstat(root, path)
             except _Unobservable:
                 batch.look(root, path, Kind.MODIFIED, work)
+                maybe = True
                 continue
             if status is not None and (status.st_dev, status.st_ino) == inode:
                 self._kept_name = {(root, inode): (path,)}
                 batch.look(root, path, Kind.MODIFIED, work)
-                break
+                return True
+        if found and not maybe:
+            # Thousands of names, maybe, each of which asks the same when it is missed.
+            self._nameless = root, inode
         return found
 
     def _look_behind(self, batch: Batch, root: int, path: bytes, status: os.stat_result | None, work: Work) -> None:
