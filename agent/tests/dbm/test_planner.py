@@ -20,7 +20,7 @@ from trees import differences
 
 from farshore.dbm import planner as planning
 from farshore.dbm import uploads
-from farshore.dbm.index import LINEAGE, Index, IndexDamaged, _known, set_aside
+from farshore.dbm.index import LINEAGE, Index, IndexDamaged, Known, _known, set_aside
 from farshore.dbm.messages import (
     Begin,
     Commit,
