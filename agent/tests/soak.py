@@ -218,9 +218,9 @@ class Soak:
                 self._nodes.end(side, signal.SIGTERM)
         except (Failed, FarshoreError, OSError) as error:
             running = ", ".join(running.name for running in self._running)
-            self.result.failures.append(
-                f"round {self.result.rounds} ({self._engine}; {running}): {error or type(error).__name__}"
-            )
+            why = f"round {self.result.rounds} ({self._engine}; {running}): {error or type(error).__name__}"
+            self.result.failures.append(why)
+            self._say(f"failed: {why}")
         finally:
             for running in self._running:
                 running.kill()
