@@ -263,6 +263,28 @@ def test_a_mount_below_a_root_and_another_of_what_is_in_it(
         assert Mapped([alone], clock=clock, proc=tmp_path / "proc", threaded=False).look() == []
 
 
+def test_threads_of_the_kernel_are_asked_now_and_then_only(
+    tmp_path: Path, mapped: Mapped, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process = tmp_path / "proc/17"
+    process.mkdir()
+    (process / "statm").write_text("0 0 0 0 0 0 0\n")
+    asked: list[tuple[bytes, bytes]] = []
+    real = Mapped._read
+    monkeypatch.setattr(Mapped, "_read", lambda self, pid, name: (asked.append((pid, name)), real(self, pid, name))[1])
+    for _ in range(4):
+        assert mapped.look() == []
+        clock.now += 30
+    assert asked.count((b"17", b"statm")) == 1 and (b"17", b"maps") not in asked
+    assert mapped.problem == ""
+    # A helper of the kernel becomes a program.
+    status = os.stat(tmp_path / "top/f")
+    device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}"
+    (process / "statm").write_text("1 1")
+    (process / "maps").write_text(f"7f00-7f01 rw-s 00000000 {device} {status.st_ino} {tmp_path / 'top/f'}\n")
+    assert mapped.look() == [Hint(0, b"f", Kind.MODIFIED)]
+
+
 def test_the_paths_of_other_filesystems_are_not_touched(
     tmp_path: Path, mapped: Mapped, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,7 +14,7 @@ from typing import ClassVar, Generic, TypeVar
 from farshore.fmm import kernel
 from farshore.fmm.cookies import Cookies
 from farshore.fmm.errors import WatchError
-from farshore.fmm.protected import RESCAN, RESCAN_INTERVAL, Protected, check_overlaps, show
+from farshore.fmm.protected import RESCAN, RESCAN_INTERVAL, ROOT_INTERVAL, Protected, check_overlaps, show
 from farshore.fmm.types import Counts, Hint
 from farshore.log import Log
 
@@ -90,7 +90,8 @@ class Engine(ABC, Generic[R]):
             now = self._clock()
             if hints or over or now >= deadline or self._state == "closed":
                 return hints
-            until = min(deadline, self._next_check) if running else deadline
+            # Who waits shortly only is not woken for the roots: they are looked at when he comes again.
+            until = min(deadline, self._next_check) if running and timeout > ROOT_INTERVAL else deadline
             ready = self._wait(max(0.0, until - now))
             over = self._wake_fd in ready or (not ready and until == deadline)
 

@@ -38,6 +38,8 @@ _CONTENT_SECONDS_PER_BYTE = 1 / 50e6
 #: So long after its time has changed, the kernel has written a page back for certain, and the next write sets it again.
 _RESTED_SECONDS = 600.0
 _CAP_SYS_PTRACE = 19
+#: What a thread of the kernel has, and there may be a thousand of these: only when all are asked, they are again.
+_NO_MEMORY = b"0"
 _UNTIMED = frozenset({"tmpfs", "ramfs", "hugetlbfs", "devtmpfs"})
 
 #: A shared mapping that may be written; device, inode and path.
@@ -209,10 +211,16 @@ class Mapped:
             if not process.isdigit() or process == self._own:
                 continue
             search.process = process
+            last = told.get(process)
+            if last is not None and last[0] == _NO_MEMORY:
+                self._told[process] = last
+                continue
             try:
                 size = self._read(process, b"statm").split(b" ", 1)[0]
-                last = told.get(process)
-                mappings = last[1] if last is not None and last[0] == size else self._mappings(process)
+                if size == _NO_MEMORY:
+                    mappings = []
+                else:
+                    mappings = last[1] if last is not None and last[0] == size else self._mappings(process)
             except PermissionError:
                 search.denied += 1
                 continue
