@@ -63,8 +63,8 @@ async def test_a_group_that_cannot_be_watched_has_failed(pair: Pair) -> None:
     assert "Cannot watch" in found.reason
 
 
-async def test_all_is_looked_at_once_when_a_node_begins(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The watcher puts all in doubt when it begins; so the first look waits for it."""
+def begin_late(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Watchers begin when that is set."""
     may_begin = threading.Event()
     real = InotifyWatcher.start
 
@@ -72,10 +72,16 @@ async def test_all_is_looked_at_once_when_a_node_begins(pair: Pair, monkeypatch:
         may_begin.wait(60)
         return real(self)
 
+    monkeypatch.setattr(InotifyWatcher, "start", start)
+    return may_begin
+
+
+async def test_all_is_looked_at_once_when_a_node_begins(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The watcher puts all in doubt when it begins; so the first look waits for it."""
     (pair.local_tree / "f").write_text("1")
     await pair.own("local", 1)
     await pair.local.groups["web"].flush(60)
-    monkeypatch.setattr(InotifyWatcher, "start", start)
+    may_begin = begin_late(monkeypatch)
     await pair.restart("local")
     group = pair.local.groups["web"]
     await until(lambda: group._feed is not None and group._sender is not None, "it did not begin")
@@ -88,16 +94,9 @@ async def test_all_is_looked_at_once_when_a_node_begins(pair: Pair, monkeypatch:
 
 
 async def test_who_watches_too_late_is_not_waited_for(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    may_begin = threading.Event()
-    real = InotifyWatcher.start
-
-    def start(self: InotifyWatcher) -> Sequence[Hint]:
-        may_begin.wait(60)
-        return real(self)
-
     await pair.own("local", 1)
     await pair.local.groups["web"].flush(60)
-    monkeypatch.setattr(InotifyWatcher, "start", start)
+    may_begin = begin_late(monkeypatch)
     monkeypatch.setattr("farshore.dbm.sender._WATCHER_SECONDS", 0.05)
     await pair.local.stop()
     (pair.local_tree / "f").write_text("made meanwhile")

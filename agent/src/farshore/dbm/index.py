@@ -194,7 +194,7 @@ def _joined(parent: bytes, name: bytes) -> bytes:
 
 def clamp_time(nanoseconds: int) -> int:
     """The nearest time that 64 bits hold: filesystems know years beyond 2262, SQLite and the wire do not."""
-    return nanoseconds if -_INT64 <= nanoseconds < _INT64 else max(-_INT64, min(_INT64 - 1, nanoseconds))
+    return max(-_INT64, min(_INT64 - 1, nanoseconds))
 
 
 def is_damage(error: BaseException) -> bool:

@@ -1290,7 +1290,7 @@ class Planner:
 
 def _fitting(xattrs: tuple[tuple[bytes, bytes], ...]) -> tuple[tuple[bytes, bytes], ...]:
     """Of a file's attributes those that fit into a message, the small ones first: ACLs and capabilities are."""
-    if not xattrs or sum(len(name) + len(value) + _XATTR_OVERHEAD for name, value in xattrs) <= _MAX_XATTRS:
+    if sum(len(name) + len(value) + _XATTR_OVERHEAD for name, value in xattrs) <= _MAX_XATTRS:
         return xattrs
     kept, room = [], _MAX_XATTRS
     for name, value in sorted(xattrs, key=lambda each: len(each[0]) + len(each[1])):

@@ -13,18 +13,21 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from farshore.fmm.libc import (
-    AT_LSTAT,
     BASIC_STATS,
     D_NAME,
     D_RECLEN,
     D_TYPE,
+    DIRECTORY,
+    ENOENT,
     ENTRIES,
     OPEN,
+    TYPE,
     close,
     errno_location,
     getdents,
     inotify_add_watch,
     kernel,
+    lstat,
     openat,
     statx,
 )
@@ -38,9 +41,7 @@ _NAMES = 1 << 20
 MOST = 1024
 _PROC = np.frombuffer(b"/proc/self/fd/", np.uint8)
 _DT_DIR, _DT_UNKNOWN = 4, 0
-_TYPE, _DIRECTORY = 0o170000, 0o040000
 _AT_EMPTY_PATH = 0x1000
-_ENOENT = 2
 
 #: In place of an error's number. It lies on another filesystem than it should; it could not be listed in this room.
 ELSEWHERE, TOO_LARGE = 1 << 20, 1 << 21
@@ -159,20 +160,13 @@ def _descend(
                     if buffer[name] == 46 and (end == name + 1 or (end == name + 2 and buffer[name + 1] == 46)):
                         continue
                     if kind == _DT_UNKNOWN:
-                        code = statx(
-                            fd,
-                            np.uintp(buffer.ctypes.data + name),
-                            np.int32(AT_LSTAT),
-                            np.uint32(BASIC_STATS),
-                            np.uintp(status.ctypes.data),
-                        )
+                        code = lstat(fd, np.uintp(buffer.ctypes.data + name), np.uintp(status.ctypes.data))
+                        if code == ENOENT:
+                            continue
                         if code != 0:
-                            code = errno_location()[0]
-                            if code == _ENOENT:
-                                continue
                             found[j, 1] = i64(code)
                             break
-                        if quarters[14] & _TYPE != _DIRECTORY:
+                        if quarters[14] & TYPE != DIRECTORY:
                             continue
                     if used + end - name + 1 > names.shape[0] or count + 3 > owners.shape[0]:
                         found[j, 1] = TOO_LARGE

@@ -219,8 +219,10 @@ class Mapped:
                 size = self._read(process, b"statm").split(b" ", 1)[0]
                 if size == _NO_MEMORY:
                     mappings = []
+                elif last is not None and last[0] == size:
+                    mappings = last[1]
                 else:
-                    mappings = last[1] if last is not None and last[0] == size else self._mappings(process)
+                    mappings = self._mappings(process)
             except PermissionError:
                 search.denied += 1
                 continue

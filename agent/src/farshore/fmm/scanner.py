@@ -29,8 +29,6 @@ _KINDS = {
 }
 _HANDLE = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-#: Access times stay as they are, where we may have that (the file is ours, or we are root).
-_READ_QUIETLY = _READ | os.O_NOATIME
 _CACHED_HANDLES = 32
 _DIRECTORY_HANDLE = _HANDLE | os.O_DIRECTORY
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -131,18 +129,20 @@ def open_file(directories: Directories, path: bytes) -> int:
     Raises OSError. The caller has seen by ``look`` that it is a regular file.
     """
     parent, name = directories.parent(path)
-    try:
-        return os.open(name, _READ_QUIETLY, dir_fd=parent)
-    except PermissionError:
-        return os.open(name, _READ, dir_fd=parent)
+    return _leaving_times(lambda flags: os.open(name, flags, dir_fd=parent))
 
 
 def open_file_beneath(root_path: bytes, path: bytes) -> int:
     """As ``open_file``, for any path below a root and b"", the root itself, when that is a file."""
+    return _leaving_times(lambda flags: open_beneath(root_path, path, flags))
+
+
+def _leaving_times(open_it: Callable[[int], int]) -> int:
+    """Open for reading; access times stay as they are where we may have that (the file is ours, or we are root)."""
     try:
-        return open_beneath(root_path, path, _READ_QUIETLY)
+        return open_it(_READ | os.O_NOATIME)
     except PermissionError:
-        return open_beneath(root_path, path, _READ)
+        return open_it(_READ)
 
 
 def observed(status: os.stat_result, root: int, path: bytes, handle: int) -> Observed:

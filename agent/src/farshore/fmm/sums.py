@@ -17,18 +17,18 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from farshore.fmm.libc import (
-    AT_LSTAT,
-    BASIC_STATS,
     D_NAME,
     D_RECLEN,
+    DIRECTORY,
+    ENOENT,
     ENTRIES,
     OPEN,
+    TYPE,
     close,
-    errno_location,
     getdents,
     kernel,
+    lstat,
     openat,
-    statx,
 )
 from farshore.fmm.patterns import STAGING
 
@@ -52,9 +52,6 @@ _S33 = np.uint64(33)
 _LOW = np.uint64(0xFFFFFFFF)
 _S32 = np.uint64(32)
 
-_ENOENT = 2
-_TYPE = 0o170000
-_DIRECTORY = 0o040000
 _SOCKET = 0o140000
 _STAGING = np.frombuffer(STAGING, np.uint8)
 
@@ -154,21 +151,15 @@ def _sum_up(
                             ours &= buffer[name + k] == _STAGING[k]
                         if ours:
                             continue
-                code = statx(
-                    fd,
-                    np.uintp(buffer.ctypes.data + name),
-                    np.int32(AT_LSTAT),
-                    np.uint32(BASIC_STATS),
-                    np.uintp(status.ctypes.data),
-                )
-                if code != 0 and errno_location()[0] == _ENOENT:
+                code = lstat(fd, np.uintp(buffer.ctypes.data + name), np.uintp(status.ctypes.data))
+                if code == ENOENT:
                     # Gone since it was listed.
                     continue
                 if code != 0 or count >= _MOST_NAME:
                     good = False
                     break
                 mode = i64(quarters[14])
-                if mode & _TYPE == _SOCKET:
+                if mode & TYPE == _SOCKET:
                     continue
                 record[0] = u64(mode)
                 record[1] = u64(halves[5]) | (u64(halves[6]) << _S32)
@@ -193,7 +184,7 @@ def _sum_up(
                 sums[i, 0] += u64(1)
                 sums[i, 1] += mark & _LOW
                 sums[i, 2] += mark >> _S32
-                if mode & _TYPE == _DIRECTORY:
+                if mode & TYPE == DIRECTORY:
                     if used + count + 1 > names.shape[0] or found + 3 > owners.shape[0]:
                         full = True
                         good = False

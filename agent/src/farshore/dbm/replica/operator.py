@@ -34,10 +34,6 @@ class Operator:
     def carry_out(self, todo: Todo) -> None:
         """Raises BaseUnknown, UnsafePath, StateError, OSError."""
         operation = todo.operation
-        if type(operation) is Put:
-            # Most are, so it is not asked first whether they are anything else.
-            self._put(todo, operation)
-            return
         root, path = operation.root, operation.path
         tree, stage = self._trees[root], self._stages[root]
         match operation:
@@ -59,6 +55,12 @@ class Operator:
         match operation:
             case MakeDir(meta=meta):
                 tree.make_directory(path, meta)
+            case Put(meta=meta, data=data):
+                staged, handle = stage.create(meta.mode)
+                with self._used(stage, staged):
+                    self._fill(handle, tree, stage, meta, data)
+                    tree.put(staged, path, meta)
+                self.bytes += len(data)
             case Patch(meta=meta) | Copy(meta=meta):
                 self._put_staged(todo, meta)
             case MakeSymlink(meta=meta, target=target):
@@ -104,15 +106,13 @@ class Operator:
         """Take what is at ``path`` to where it is kept, so that something else can be put there."""
         root = todo.operation.root
         tree, stage = self._trees[root], self._stages[root]
-        for entry in todo.undo:
-            if isinstance(entry, Kept) and entry.path == path:
-                tree.keep(path, stage.folder(entry.folder), entry.name, leave=leave)
-                return
-            if isinstance(entry, WasDirectory) and entry.path == path:
-                there = tree.status(path)
-                if there is not None and stat.S_ISDIR(there.st_mode):
-                    tree.remove_directory(path)
-                return
+        kept = next((entry for entry in todo.undo if isinstance(entry, Kept) and entry.path == path), None)
+        if kept is not None:
+            tree.keep(path, stage.folder(kept.folder), kept.name, leave=leave)
+        elif any(isinstance(entry, WasDirectory) and entry.path == path for entry in todo.undo):
+            there = tree.status(path)
+            if there is not None and stat.S_ISDIR(there.st_mode):
+                tree.remove_directory(path)
 
     def _move(self, todo: Todo, operation: Move) -> None:
         tree = self._trees[operation.root]
@@ -140,26 +140,16 @@ class Operator:
         else:
             tree.forget(path)
 
-    def _put(self, todo: Todo, operation: Put) -> None:
-        """Put a small content into place."""
-        root, path, meta, data = operation.root, operation.path, operation.meta, operation.data
-        tree, stage = self._trees[root], self._stages[root]
-        self._make_way(todo, path, leave=True)
-        staged, handle = stage.create(meta.mode)
+    @staticmethod
+    def _fill(handle: int, tree: Tree, stage: Stage, meta: Meta, data: bytes) -> None:
+        """Write a small content to a new staged file, and close it."""
         try:
-            try:
-                done = os.write(handle, data) if data else 0
-                while done < len(data):
-                    done += os.write(handle, memoryview(data)[done:])
-                tree.prepare(handle, meta, stage.birth)
-            finally:
-                os.close(handle)
-            tree.put(staged, path, meta)
-        except BaseException:
-            stage.discard(staged)
-            raise
-        stage.placed(staged)
-        self.bytes += len(data)
+            done = os.write(handle, data) if data else 0
+            while done < len(data):
+                done += os.write(handle, memoryview(data)[done:])
+            tree.prepare(handle, meta, stage.birth)
+        finally:
+            os.close(handle)
 
     def _put_staged(self, todo: Todo, meta: Meta) -> None:
         """Put a large content into place."""
@@ -179,13 +169,19 @@ class Operator:
             self._leaves.placed(placed)
             self.bytes += placed.st_size
 
+    @contextlib.contextmanager
+    def _named(self, stage: Stage) -> Iterator[Staged]:
+        """A free name in the stage, which is free again afterwards."""
+        staged = stage.name()
+        with self._used(stage, staged):
+            yield staged
+
     @staticmethod
     @contextlib.contextmanager
-    def _named(stage: Stage) -> Iterator[Staged]:
-        """A free name in the stage: what is made there is placed, or it is removed."""
-        staged = stage.name()
+    def _used(stage: Stage, staged: Staged) -> Iterator[None]:
+        """What is staged is placed, or it is removed."""
         try:
-            yield staged
+            yield
         except BaseException:
             stage.discard(staged)
             raise
