@@ -268,7 +268,6 @@ def mark_in_words(key: int, name: bytes, *numbers: int) -> int:
     return state - (1 << 64) if state >> 63 else state
 
 
-@settings(deadline=None)
 @given(
     key=U64,
     entries=st.lists(

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pyinotify
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from farshore.fmm import descent as module
@@ -156,7 +156,6 @@ trees = st.recursive(
 )
 
 
-@settings(deadline=None)
 @given(tree=trees)
 def test_any_tree_is_watched_in_full(tree: dict[bytes, dict[bytes, object]]) -> None:
     top = os.fsencode(tempfile.mkdtemp())
