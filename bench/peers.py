@@ -61,11 +61,19 @@ def copy(new: Path, old: Path) -> Sample:
 
 
 @contextlib.contextmanager
-def rsync_daemon(tree: Path, work: Path, *, address: str = "127.0.0.1", enter: Sequence[str] = ()) -> Iterator[int]:
-    """An rsync daemon whose module ``m`` is `tree`; gives its port. `enter`: words before the command (nsenter)."""
+def rsync_daemon(
+    tree: Path, work: Path, *, address: str = "127.0.0.1", enter: Sequence[str] = (), root: Path = Path("/")
+) -> Iterator[int]:
+    """An rsync daemon whose module ``m`` is `tree`; gives its port.
+
+    `enter`: words before the command that bring it into another host (nsenter), where `tree` is a path; `root`: where
+    that host's root lies, seen from here. The configuration is put beside the tree: rsync 3.5 follows no path through
+    /proc.
+    """
     port = free_port()
-    config = work / f"rsyncd-{port}.conf"
-    config.write_text(
+    config = tree.with_name(f"bench-rsyncd-{port}.conf")
+    outside = root / config.relative_to("/")
+    outside.write_text(
         f"use chroot = no\nuid = root\ngid = root\nread only = no\n[m]\npath = {tree}\n",
         encoding="utf-8",
     )
@@ -77,6 +85,7 @@ def rsync_daemon(tree: Path, work: Path, *, address: str = "127.0.0.1", enter: S
         yield port
     finally:
         daemon.stop(3)
+        outside.unlink(missing_ok=True)
 
 
 class Lsyncd:

@@ -28,6 +28,7 @@ RSYNC = "rsync daemon"
 _LOCAL, _BACKUP = "web1", "bak1"
 _BACKUP_ADDRESS = "10.2.0.10"
 _TREE = "srv/www"
+_MODULE = Path("/root/bench-rsync")
 _LONGEST = 900.0
 
 
@@ -44,10 +45,12 @@ class Tunnel:
         with _Sites.up(context) as sites:
             sites.prepare()
             seconds = max(2.0, min(10.0, 10.0 * context.scale))
-            module = sites.host(_BACKUP).root / "root/bench-rsync"
+            backup = sites.host(_BACKUP)
+            module = backup.root / _MODULE.relative_to("/")
             module.mkdir()
-            enter = sites.host(_BACKUP).enter_network()
-            with rsync_daemon(module, context.logs, address=_BACKUP_ADDRESS, enter=enter) as port:
+            with rsync_daemon(
+                _MODULE, context.logs, address=_BACKUP_ADDRESS, enter=backup.enter(), root=backup.root
+            ) as port:
                 row.runs = context.turns(
                     {
                         IPERF: lambda _: sites.iperf3(seconds),
@@ -86,6 +89,10 @@ class _Host:
     def enter_network(self) -> list[str]:
         """Words before a command of this machine that let it run in the host's network."""
         return ["nsenter", f"--net=/proc/{self.leader}/ns/net", "--"]
+
+    def enter(self) -> list[str]:
+        """Words before a command that let it run in the host altogether, with the host's own programs."""
+        return ["nsenter", f"--target={self.leader}", "--mount", "--net", "--root", "--wd", "--"]
 
 
 class _Sites:
