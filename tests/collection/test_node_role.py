@@ -128,6 +128,22 @@ def test_the_limits_have_a_floor(render: Render, count: dict[str, Any]) -> None:
     assert sysctl(render, __node_count=count, node_inotify_watches=600000)["fs.inotify.max_user_watches"] == 600000
 
 
+def test_a_limit_is_never_lowered_and_what_was_raised_does_not_stick(render: Render) -> None:
+    # What was recorded before the first deployment comes first, then what holds now.
+    before = {
+        "__node_before": {
+            "stdout": "fs.inotify.max_user_watches = 4194304\nfs.inotify.max_queued_events = 16384\n"
+            "fs.inotify.max_user_watches = 8388608\nfs.inotify.max_queued_events = 2097152\n"
+            "fs.fanotify.max_queued_events = 3000000\n"
+        }
+    }
+    assert sysctl(render, **before) == {
+        "fs.inotify.max_user_watches": 4194304,
+        "fs.inotify.max_queued_events": 1048576,
+        "-fs.fanotify.max_queued_events": 3000000,
+    }
+
+
 def test_all_limits_that_are_set_are_taken_back(root: Path, render: Render) -> None:
     handlers = (root / "roles/node/handlers/main.yml").read_text()
     for key in sysctl(render, __node_count={"skipped": True}):

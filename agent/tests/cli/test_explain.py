@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import stat
 import subprocess
 import tempfile
 import time
@@ -17,7 +18,11 @@ from nodes import Mirror
 
 from farshore.cli.explain import NOT_PROTECTED, describe
 from farshore.control import api
+from farshore.dbm import explain
 from farshore.dbm.explain import Place, locate
+from farshore.dbm.index import Known
+from farshore.fmm.dirty import Wait
+from farshore.fmm.types import FileKind, Root
 
 
 @pytest.fixture
@@ -161,6 +166,30 @@ def test_a_pause_and_what_waits_for_its_end_are_told(mirror: Mirror) -> None:
     assert (answer["state"], answer["reason"], answer["durable"]) == ("same", "paused by the administrator", False)
     answer = explained(mirror, mirror.source / "nothing", 1)
     assert (answer["state"], answer["reason"]) == ("absent", "nothing is here, nor on the other server")
+
+
+def test_what_is_on_its_way_is_not_called_durable(tmp_path: Path) -> None:
+    file = tmp_path / "f"
+    file.write_text("new")
+    status = file.lstat()
+    root = Root(os.fsencode(tmp_path))
+    facts = explain.look(root, Place(os.fsencode(file), "web", 0, b"f"))
+    known = Known(
+        0, b"f", FileKind.FILE, stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid, status.st_size,
+        status.st_mtime_ns, status.st_ctime_ns, status.st_dev, status.st_ino, 1, 0, None, (), None, told_ns=10**18,
+    )  # fmt: skip
+    copy = explain.Copy(known, 0, "", "", kept=False)
+
+    def told(wait: Wait | None, *, acknowledged: bool) -> api.Explanation:
+        line = explain.Line(True, "", acknowledged, "", "", now=100.0)
+        return explain.judge(facts, copy, wait, 0, line, "web", "bak1")
+
+    sent = told(Wait(90.0, b"f", taken=True), acknowledged=False)
+    assert (sent.state, sent.durable, sent.durable_at) == ("sending", False, None)
+    # That it is marked again says nothing of the change before, of which the answer has come.
+    assert told(Wait(90.0, b"f", taken=False), acknowledged=True).durable_at == 1e9
+    there = told(None, acknowledged=True)
+    assert (there.state, there.durable, there.durable_at) == ("same", True, 1e9)
 
 
 def test_the_replica_sends_who_asks_to_the_source(mirror: Mirror) -> None:

@@ -92,20 +92,6 @@ def test_a_path_longer_than_the_kernel_tells(top: bytes) -> None:
         subprocess.run(["rm", "-rf", top], check=True)
 
 
-def test_a_filesystem_that_is_mounted_below_belongs_to_it(top: bytes) -> None:
-    os.mkdir(top + b"/m")
-    with watching(top) as watcher:
-        with mounted(top + b"/m", "-t", "tmpfs", "none"):
-            assert Kind.RESCAN in joined(watcher.drain())[b"m"]
-            os.mkdir(top + b"/m/d")
-            touch(top + b"/m/d/f")
-            assert {b"m/d", b"m/d/f"} <= joined(watcher.drain()).keys()
-            subprocess.run(["umount", top + b"/m"], check=True)  # the watcher does not hold it
-            assert Kind.RESCAN in joined(watcher.drain())[b"m"]
-        touch(top + b"/m/under")
-        assert b"m/under" in joined(watcher.drain())
-
-
 def test_a_filesystem_that_was_mounted_anew_is_marked_anew(top: bytes, tmp_path: Path) -> None:
     """The same device and the same inode as before: only the kernel's list of marks tells."""
     image = tmp_path / "image"

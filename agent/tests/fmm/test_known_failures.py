@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import mmap
 import os
 import shutil
@@ -18,6 +19,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mirrored import Mirrored, can_lower, lowered
@@ -778,6 +780,51 @@ def test_a_tree_of_an_ordinary_user(mirror: Mirror, tmp_path: Path) -> None:
         (top / "d" / "f").chmod(0o640)
         mirrored.check()
     assert mirrored.run(mirrored.group.status()).problems == []
+
+
+@needs_root
+def test_what_cannot_be_read_is_told_with_a_remedy_and_tried_again(
+    mirror: Mirror, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing tells that a disk, or a server of files, is well again."""
+    from farshore.dbm import sender
+    from farshore.fmm.view import Live
+
+    monkeypatch.setattr(sender, "_UNREAD_SECONDS", 0.5)
+    mirrored = mirror()
+    top, _ = begin(mirrored)
+    real_open, real_names = Live.open, Live.names
+    ill = threading.Event()
+    ill.set()
+
+    def open_(self: Live, root: int, path: bytes) -> int:
+        if ill.is_set() and path in (b"d/f", b"d/h"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real_open(self, root, path)
+
+    def names(self: Live, root: int, path: bytes, *rest: Any) -> Any:
+        if ill.is_set() and path == b"d/new":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real_names(self, root, path, *rest)
+
+    monkeypatch.setattr(Live, "open", open_)
+    monkeypatch.setattr(Live, "names", names)
+    with caplog.at_level("WARNING"):
+        for name in ("f", "h"):
+            (top / "d" / name).write_text("hidden")
+        (top / "d" / "new").mkdir()
+        (top / "d" / "new" / "below").write_text("hidden too")
+        mirrored.flush()
+        (problem,) = mirrored.run(mirrored.group.status()).problems
+        assert "Input/output error; the disk may be failing" in problem
+    told = [record for record in caplog.records if "cannot be read" in record.getMessage()]
+    assert len(told) == 1 and "the disk may be failing" in str(vars(told[0]))
+    replica = mirrored.replicas[0]
+    ill.clear()
+    mirrored.wait_for(lambda: not mirrored.run(mirrored.group.status()).problems)
+    mirrored.check()
+    assert (replica / "d" / "h").read_text() == "hidden"
+    assert (replica / "d" / "new" / "below").read_text() == "hidden too"
 
 
 def test_paths_that_no_call_can_name(watch_any: WatchAny, top: bytes) -> None:

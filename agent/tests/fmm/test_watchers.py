@@ -479,10 +479,65 @@ def test_unmount_below_the_root(watch_any: Watch, top: bytes) -> None:
     assert watcher.problems() == ()
 
 
+@needs_root
+def test_a_filesystem_that_is_mounted_below_belongs_to_it(watch_any: Watch, top: bytes) -> None:
+    os.makedirs(top + b"/a/m/hidden")
+    watcher = watch_any(top)
+    if subprocess.run(["mount", "-t", "tmpfs", "none", top + b"/a/m"], capture_output=True).returncode:
+        pytest.skip("cannot mount here")
+    try:
+        assert Kind.RESCAN in joined(watcher.drain())[b"a/m"]
+        os.mkdir(top + b"/a/m/d")
+        assert b"a/m/d" in joined(watcher.drain())
+        touch(top + b"/a/m/d/f")
+        assert b"a/m/d/f" in joined(watcher.drain())
+        assert map_of(watcher) == directories(top)
+        subprocess.run(["umount", top + b"/a/m"], check=True)  # the watcher does not hold it
+        assert Kind.RESCAN in joined(watcher.drain())[b"a/m"]
+    finally:
+        subprocess.run(["umount", top + b"/a/m"], check=False, capture_output=True)
+    touch(top + b"/a/m/hidden/under")
+    assert b"a/m/hidden/under" in joined(watcher.drain())
+    assert map_of(watcher) == directories(top)
+
+
+@needs_root
+def test_a_mount_is_seen_by_one_who_waits(watch_any: Watch, top: bytes) -> None:
+    os.mkdir(top + b"/m")
+    watcher = watch_any(top)
+    watcher.drain()
+    if subprocess.run(["mount", "-t", "tmpfs", "none", top + b"/m"], capture_output=True).returncode:
+        pytest.skip("cannot mount here")
+    try:
+        assert Kind.RESCAN in joined(until(watcher, lambda hints: any(hint.path == b"m" for hint in hints)))[b"m"]
+    finally:
+        subprocess.run(["umount", top + b"/m"], check=True)
+
+
 def test_neighbours_are_not_in_each_other(watch_any: Watch, top: bytes) -> None:
     for name in (b"/a", b"/a-b", b"/ab"):
         os.mkdir(top + name)
     watch_any(top + b"/a", top + b"/a-b", top + b"/ab")
+
+
+def test_a_root_that_is_missing_at_the_start_does_not_keep_others_from_being_watched(
+    watch_any: Watch, top: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    os.mkdir(top + b"/yes")
+    watcher = watch_any(top + b"/no", top + b"/yes")
+    (problem,) = watcher.problems()
+    assert problem.startswith(os.fsdecode(top) + "/no: it does not exist")
+    assert watcher.counts().unwatched == 1
+    watcher.drain()
+    watcher.drain()
+    assert sum("cannot be watched" in record.getMessage() for record in caplog.records) == 1
+    touch(top + b"/yes/x")
+    assert (1, b"x") in {(hint.root, hint.path) for hint in watcher.drain()}
+    os.mkdir(top + b"/no")
+    assert Hint(0, b"", Kind.RESCAN) in watcher.drain()
+    assert watcher.problems() == ()
+    touch(top + b"/no/y")
+    assert (0, b"y") in {(hint.root, hint.path) for hint in watcher.drain()}
 
 
 def test_resume_of_a_root_that_went_meanwhile(watch_any: Watch, top: bytes) -> None:

@@ -83,7 +83,7 @@ def describe(answer: api.Explanation) -> Iterator[str]:
     if answer.durable_at is not None:
         when = datetime.fromtimestamp(answer.durable_at).isoformat(" ", "seconds")
         unchanged = ", and nothing has changed since" if answer.durable else ""
-        yield f"  durable:   the last change that was sent, on {answer.peer} since {when}{unchanged}"
+        yield f"  durable:   the last change, sent at {when}, is on {answer.peer}{unchanged}"
     elif answer.durable:
         yield f"  durable:   yes, on {answer.peer}, as it is here now"
     if answer.known_below is not None:

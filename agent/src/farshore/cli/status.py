@@ -126,7 +126,9 @@ def _watched(group: api.GroupStatus) -> Iterable[str]:
         return
     text = f"watched by {watch.engine}" + (f": {watch.directories:,} directories" if watch.directories else "")
     if watch.state == "failed":
-        text = f"not watched, as {watch.engine} fails; it is tried again every few seconds"
+        # No engine was chosen yet where even that fails.
+        what = "that" if watch.engine == "starting" else watch.engine
+        text = f"not watched, as {what} fails; it is tried again every few seconds"
     elif watch.unwatched:
         text += f"; {watch.unwatched:,} more are scanned instead"
     yield f"  {group.group} is {text}"
@@ -134,7 +136,8 @@ def _watched(group: api.GroupStatus) -> Iterable[str]:
         times = "once" if watch.overflows == 1 else f"{watch.overflows:,} times"
         yield (
             f"  {group.group}: the kernel's queue of events overflowed {times}, and all was looked at again; a longer "
-            f"one: sysctl -w fs.{watch.engine}.max_queued_events=N, or a higher node_{watch.engine}_queued_events"
+            f"one: sysctl -w fs.{watch.engine}.max_queued_events=N, or a higher node_{watch.engine}_queued_events; "
+            "then farshore pause and farshore resume"
         )
 
 

@@ -427,7 +427,7 @@ class Explanation(_Message, frozen=True, tag="explanation"):
     "different" (and nobody has noticed yet), "young" (it is sent when it is as old as min_age), "kept" (it is gone
     here, or left alone, and ``peer`` has an earlier state), "absent" (it is neither here nor there), "replica" (this
     node has the copy), "unknown", or "" for what is not protected. ``reason`` says what holds it up. ``waiting`` is for
-    how long it waits, ``durable_at`` when the last change of its copy became durable (since the Unix epoch), as far
+    how long it waits, ``durable_at`` when the last change that is durable there was sent (since the Unix epoch), as far
     as that is known. ``durable``: what is here, and below it, is durable there, and nothing has changed since.
 
     ``known_below`` and ``waiting_below`` count paths below a directory that the copy has, and that wait.

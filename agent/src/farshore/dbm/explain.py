@@ -215,7 +215,8 @@ def judge(
     """What the source says: pure, from what was found out."""
     told = _begun(facts, group, peer)
     known = copy.known if copy is not None else None
-    if known is not None and known.told_ns:
+    # While something is on its way, that may be the last change; when the one before was told is not known any more.
+    if known is not None and known.told_ns and (wait is None or line.acknowledged):
         told = replace(told, durable_at=known.told_ns / 1e9)
     out = facts.out or line.absent or (copy.problem if copy is not None else "")
     if out:

@@ -7,8 +7,10 @@ that is lost, doubled or out of order costs time and never correctness. Runs in 
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import os
+import random
 import stat
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -47,6 +49,9 @@ from farshore.fmm import limits, scanner
 from farshore.fmm.patterns import Filter
 from farshore.fmm.types import FileKind, Hint, Inode, Kind, Observed, Root
 from farshore.fmm.view import Live, View
+from farshore.log import Log
+
+_log = Log(__name__)
 
 #: A transaction is closed after so many operations or bytes of content.
 MAX_OPERATIONS = 1000
@@ -66,6 +71,15 @@ _XATTR_OVERHEAD = 16
 _INT64 = 1 << 63
 #: Reasons for which something is not replicated that are told apart, at most.
 _MOST_REASONS = 100
+#: What of a path may be readable later, though nothing tells of it; so many paths are tried at one go.
+_UNREAD = frozenset({"state", "content", "entries"})
+_MOST_UNREAD = 1000
+_REMEDIES = {
+    errno.EACCES: "let the agent read it (CAP_DAC_READ_SEARCH)",
+    errno.EPERM: "let the agent read it (CAP_DAC_READ_SEARCH)",
+    errno.EIO: "the disk may be failing: see the kernel's log, and restore the file from the other server's copy",
+    errno.ESTALE: "the network filesystem that it lies on has lost it: mount that anew",
+}
 #: What may have several names, besides files.
 _LINKED = (FileKind.SYMLINK, FileKind.FIFO)
 _NO_INODE = (-1, 0, 0)
@@ -171,6 +185,8 @@ class Planner:
         self.owners = Leaving(None)
         #: What could not be read or told, by root, path and what of it ("root", "state", ...), with the reason.
         self.problems: dict[tuple[int, bytes, str], str] = {}
+        # Reasons that the log was told; once each, as there may be a million paths.
+        self._logged: set[str] = set()
 
     def transaction(self, batch: Batch, seq: int, more: Callable[[Planned], bool] | None = None) -> Planned:
         """Do a part of what is left of ``batch``: the next transaction, number ``seq``.
@@ -334,8 +350,23 @@ class Planner:
         """``why`` keeps ``what`` of the path from being replicated; None when nothing does any more."""
         if why is not None:
             self.problems[root, path, what] = why
+            if what in _UNREAD and why not in self._logged:
+                self._logged.add(why)
+                _log.warning("cannot be read; tried again now and then", path=self._where(root, path), reason=why)
         elif self.problems:
             self.problems.pop((root, path, what), None)
+            if not self.problems:
+                self._logged.clear()
+
+    def unread(self) -> list[Hint]:
+        """What could not be read, to be tried again, as nobody tells when a disk or a permission is mended.
+
+        Any thread may ask.
+        """
+        found = [key for key in list(self.problems) if key[2] in _UNREAD]
+        if len(found) > _MOST_UNREAD:
+            found = random.sample(found, _MOST_UNREAD)
+        return [Hint(root, path, Kind.RESCAN if what == "entries" else Kind.MODIFIED) for root, path, what in found]
 
     def summaries(self) -> list[str]:
         """The problems, by reason: how many paths there are, and one of them. Any thread may ask."""
@@ -1283,7 +1314,7 @@ class Planner:
             self._emit(SetMeta(seen.root, seen.path, self._meta(seen)))
 
     def _cannot_read(self, seen: Observed, error: OSError) -> None:
-        """Leave the file alone until a hint, or another ctime, promises better."""
+        """Leave the file alone until a hint (``unread``, too), or another ctime, promises better."""
         self._note(seen.root, seen.path, "content", _reason(error))
         self._unreadable[seen.root, seen.path] = seen.ctime_ns
 
@@ -1306,7 +1337,8 @@ def _copy_excess(root: Root, known: Known, now_ns: int) -> limits.Excess | None:
 
 
 def _reason(error: OSError) -> str:
-    return error.strerror or str(error)
+    remedy = _REMEDIES.get(error.errno or 0)
+    return f"{error.strerror or error}{f'; {remedy}' if remedy else ''}"
 
 
 def _has(known: Known | None, seen: Observed, size: int, digest: bytes) -> bool:

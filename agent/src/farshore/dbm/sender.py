@@ -87,6 +87,8 @@ _CODEC: wire.Codec[FromReplica] = wire.Codec(FromReplica)
 
 _PING_SECONDS = 5.0
 _MIND_SECONDS = 2.5
+#: Seconds between looks at what could not be read.
+_UNREAD_SECONDS = 30.0
 _PONG_SECONDS = 30.0
 #: A commit may have to write back much; a dead peer is noticed by TCP long before.
 _ANSWER_SECONDS = 600.0
@@ -1105,14 +1107,18 @@ class Sender:
                     raise ProtocolError(self._peer.node, f"{type(message).__name__} now")
 
     async def _mind(self) -> None:
-        """Notice a replica that is silent for too long, and a root that is there again."""
-        asked = 0.0
+        """Notice a replica that is silent for too long, and a root, or what could not be read, that is there again."""
+        asked, tried = 0.0, time.monotonic()
         while True:
             # Every second only while something is amiss: a source at rest should rest.
             await asyncio.sleep(1.0 if self._absent() or self._flights else _MIND_SECONDS)
             if self._planner is not None and self._planner.absent_roots:
                 # One that was away for a moment only has not changed for the watcher.
                 self._dirty.mark(dirty_everything(list(self._planner.absent_roots)), time.monotonic())
+                self._wake.set()
+            if self._planner is not None and self._planner.problems and time.monotonic() - tried >= _UNREAD_SECONDS:
+                tried = time.monotonic()
+                self._dirty.mark(self._planner.unread(), tried)
                 self._wake.set()
             silent = time.monotonic() - self._heard
             waiting = bool(self._flights) or self._asking.locked()

@@ -14,7 +14,8 @@ from typing import ClassVar, Generic, TypeVar
 from farshore.fmm import kernel
 from farshore.fmm.cookies import Cookies
 from farshore.fmm.errors import WatchError
-from farshore.fmm.protected import RESCAN, RESCAN_INTERVAL, ROOT_INTERVAL, Protected, check_overlaps, show
+from farshore.fmm.mounts import TABLE
+from farshore.fmm.protected import GONE, RESCAN, RESCAN_INTERVAL, ROOT_INTERVAL, Protected, check_overlaps, show
 from farshore.fmm.types import Counts, Hint
 from farshore.log import Log
 
@@ -42,11 +43,16 @@ class Engine(ABC, Generic[R]):
         self._trouble: str | None = None
         self._problems: tuple[str, ...] = ()
         self._problems_changed = False
+        #: Reasons for which parts of roots are not watched that the log was told.
+        self._logged: set[tuple[int, str]] = set()
         self._unwatched = 0
         self._overflows = 0
         self._events = 0
         self._counts = Counts(self.name)
         self._check_now = False
+        #: The kernel's table of mounts, which tells by itself when it changes; -1 while nothing is watched.
+        self._mount_table = -1
+        self._mounts_changed = False
         self._next_check = 0.0
         self._next_rescan = 0.0
         self._wake_lock = threading.Lock()
@@ -57,8 +63,8 @@ class Engine(ABC, Generic[R]):
     def start(self) -> Sequence[Hint]:
         """Begin to watch; returns a RESCAN hint for each root.
 
-        Raises WatchError when a root cannot be watched at all (it does not exist, too), or lies in
-        another one; nothing is held then.
+        Raises WatchError when no root can be watched (none exists, say), or one lies in another one; nothing is held
+        then. Where some can be, the others are problems, looked at now and then, and watched as soon as they can be.
         """
         if self._state == "closed":
             raise ValueError("the watcher is closed")
@@ -67,14 +73,17 @@ class Engine(ABC, Generic[R]):
         if self._state == "new":
             check_overlaps(self._roots)
             self._open()
-            for root in self._roots:
-                if not root.watched:
-                    reason = root.problem or self._trouble or "unknown"
-                    self._shut()
-                    self._trouble = None
-                    self._take()
-                    raise WatchError(root.path, reason)
+            unwatched = [root for root in self._roots if not root.watched]
+            if unwatched and len(unwatched) == len(self._roots):
+                first = unwatched[0]
+                reason = self._trouble or first.problem or "unknown"
+                self._shut()
+                self._trouble = None
+                self._take()
+                raise WatchError(first.path, reason)
             self._state = "running"
+            for root in unwatched:
+                self._warn_of(root)
         self._doubt_all()
         return self._take()
 
@@ -227,7 +236,7 @@ class Engine(ABC, Generic[R]):
         _log.warning(
             "event queue overflowed; looking at everything again",
             limit=kernel.limit(self.name, "max_queued_events"),
-            remedy=f"sysctl -w fs.{self.name}.max_queued_events=N",
+            remedy=f"sysctl -w fs.{self.name}.max_queued_events=N, then farshore pause and farshore resume",
         )
         self._begin_again()
 
@@ -243,6 +252,47 @@ class Engine(ABC, Generic[R]):
         for root in self._roots:
             root.mark(b"", RESCAN)
 
+    def _cannot_start(self, trouble: str) -> None:
+        self._trouble = trouble
+        if self._state != "new":
+            # Else whoever starts it is told by a WatchError, at each attempt.
+            _log.error("nothing can be watched", engine=self.name, reason=trouble)
+
+    def _cannot_watch(self, root: R, reason: str) -> None:
+        new, root.problem = root.problem is None, reason
+        if new and self._state != "new":
+            self._warn_of(root)
+
+    def _warn_of(self, root: R) -> None:
+        _log.warning(
+            f"root cannot be watched; it is looked at every {RESCAN_INTERVAL:g} s instead",
+            path=root.path,
+            reason=root.problem,
+        )
+
+    def _lost(self, root: R) -> None:
+        """It is not where it was."""
+        root.problem = GONE
+        _log.warning("root is gone; it is looked for every second", path=root.path, remedy="put it back")
+
+    def _open_mount_table(self) -> None:
+        """Raises OSError."""
+        if self._mount_table < 0:
+            self._mount_table = os.open(TABLE, os.O_RDONLY | os.O_CLOEXEC)
+
+    def _close_mount_table(self) -> None:
+        if self._mount_table >= 0:
+            os.close(self._mount_table)
+            self._mount_table = -1
+        self._mounts_changed = False
+
+    def _look_at_mounts(self) -> None:
+        if self._mount_table >= 0:
+            poll = select.poll()
+            poll.register(self._mount_table, select.POLLPRI)
+            if poll.poll(0):
+                self._mounts_changed = self._check_now = True
+
     def _doubt_lost(self) -> None:
         for root in self._roots:
             if not root.watched:
@@ -253,6 +303,14 @@ class Engine(ABC, Generic[R]):
             self._problems_changed = False
             parts = self._unwatched_parts()
             self._problems = self._list_problems(parts)
+            for index, reason in parts.keys() - self._logged:
+                _log.warning(
+                    f"not all is watched; what is not is looked at every {RESCAN_INTERVAL:g} s instead",
+                    path=os.path.join(self._roots[index].path, min(parts[index, reason])),
+                    directories=len(parts[index, reason]),
+                    reason=reason,
+                )
+            self._logged = set(parts)
             self._unwatched = sum(map(len, parts.values())) + sum(not root.watched for root in self._roots)
         self._note_counts()
         hints: list[Hint] = []
@@ -281,12 +339,13 @@ class Engine(ABC, Generic[R]):
         poll.register(self._wake_fd, select.POLLIN)
         if self._fd >= 0:
             poll.register(self._fd, select.POLLIN)
-        self._register(poll)
+        if self._mount_table >= 0:
+            poll.register(self._mount_table, select.POLLPRI)
         ready = {fd for fd, _ in poll.poll(seconds * 1000)}
+        if self._mount_table in ready:
+            # Once told, it is not told again.
+            self._mounts_changed = self._check_now = True
         if self._wake_fd in ready:
             with contextlib.suppress(BlockingIOError):
                 os.eventfd_read(self._wake_fd)
         return ready
-
-    def _register(self, poll: select.poll) -> None:
-        """Whatever else may end a wait."""

@@ -20,7 +20,6 @@ import contextlib
 import errno
 import math
 import os
-import select
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -29,7 +28,6 @@ from farshore.fmm import fan, mounts
 from farshore.fmm.engine import Engine
 from farshore.fmm.patterns import STAGING
 from farshore.fmm.protected import (
-    GONE,
     OTHER_FILESYSTEM,
     PARENT,
     REMEDIES,
@@ -61,7 +59,8 @@ _REMEDIES = REMEDIES | {
     errno.EOPNOTSUPP: "this filesystem has no file handles; let inotify watch",
     errno.EXDEV: "this subvolume cannot be watched as a whole; let inotify watch",
     errno.ENOTDIR: "it is mounted on a single file",
-    errno.ENOSPC: "the limit on marks is reached; raise it: sysctl -w fs.fanotify.max_user_marks=1048576",
+    errno.EMFILE: "too many open files, or groups of fanotify; raise LimitNOFILE of the unit, or the limit: "
+    "sysctl -w fs.fanotify.max_user_groups=1024",
 }
 
 _KINDS = {
@@ -175,8 +174,8 @@ class _Watched(Protected):
 class FanotifyWatcher(Engine[_Watched]):
     """Watches directory trees and single files with fanotify (the Watcher protocol of ``types``).
 
-    Hints are as those of the inotify engine. What fanotify cannot tell, so that a periodic scan must: writes through a
-    mapping that is never unmapped; changes that other machines make on a network filesystem, or on this one through a
+    Hints are as those of the inotify engine. What fanotify cannot tell: writes through a mapping that is never unmapped
+    (``Mapped`` finds those); changes that other machines make on a network filesystem, or on this one through a
     server in the kernel. A change through another hard link is reported for the name that was used, if that lies in a
     root; for none, if that name was removed while somebody goes on writing to what he opened by it.
 
@@ -197,8 +196,6 @@ class FanotifyWatcher(Engine[_Watched]):
     ) -> None:
         super().__init__([_Watched(index, root) for index, root in enumerate(roots)], cookies, clock)
         self._mask = _EVENTS | fan.ON_DIRECTORY | (fan.ACCESS if reads else 0)
-        self._mount_table = -1
-        self._mounts_changed = False
         self._mounts: dict[bytes, list[_Mount]] = {}
         #: Descriptors of mounts, held while a buffer of events is worked off: longer, and nobody could unmount them.
         self._open_mounts: dict[bytes, int] = {}
@@ -372,27 +369,9 @@ class FanotifyWatcher(Engine[_Watched]):
             for path in list(root.unwatched):
                 root.mark(path, RESCAN)
 
-    def _wait(self, seconds: float) -> set[int]:
-        ready = super()._wait(seconds)
-        if self._mount_table in ready:
-            # Once told, it is not told again.
-            self._mounts_changed = self._check_now = True
-        return ready
-
-    def _register(self, poll: select.poll) -> None:
-        if self._mount_table >= 0:
-            poll.register(self._mount_table, select.POLLPRI)
-
     def _directories(self) -> int:
         # Nobody counts them: filesystems are watched.
         return 0
-
-    def _look_at_mounts(self) -> None:
-        if self._mount_table >= 0:
-            poll = select.poll()
-            self._register(poll)
-            if poll.poll(0):
-                self._mounts_changed = self._check_now = True
 
     # Roots and filesystems.
 
@@ -401,11 +380,9 @@ class FanotifyWatcher(Engine[_Watched]):
         self._problems_changed = True
         try:
             self._fd = fan.create()
-            if self._mount_table < 0:
-                self._mount_table = os.open("/proc/self/mountinfo", os.O_RDONLY | os.O_CLOEXEC)
+            self._open_mount_table()
         except OSError as error:
-            self._trouble = f"fanotify does not start: {_reason(error)}"
-            log.error("fanotify does not start", reason=self._trouble)
+            self._cannot_start(f"fanotify does not start: {_reason(error)}")
             self._shut()
             return
         now = self._clock()
@@ -429,10 +406,10 @@ class FanotifyWatcher(Engine[_Watched]):
             log.debug("no proof that all was seen", reason=_reason(error))
 
     def _shut(self) -> None:
-        for fd in (self._fd, self._mount_table):
-            if fd >= 0:
-                os.close(fd)
-        self._fd = self._mount_table = -1
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+        self._close_mount_table()
         self._has_proof = False
         self._close_mounts()
         self._mounts.clear()
@@ -482,8 +459,7 @@ class FanotifyWatcher(Engine[_Watched]):
     def _check_root(self, root: _Watched, marked: set[int]) -> None:
         if not self._is_in_place(root):
             root.marked = False
-            root.problem = GONE
-            log.warning("root is gone", path=root.path)
+            self._lost(root)
             root.mark(b"", RESCAN)
             root.rescan_at = self._clock() + RESCAN_INTERVAL
             return
@@ -517,10 +493,7 @@ class FanotifyWatcher(Engine[_Watched]):
             root.above = _entries_to(_top(root))
             self._mark(root)
         except OSError as error:
-            reason = _reason(error)
-            if root.problem is None:
-                log.warning("root cannot be watched", path=root.path, reason=reason)
-            root.problem = reason
+            self._cannot_watch(root, _reason(error))
             return
         root.identity = (status.st_dev, status.st_ino)
         root.marked = True

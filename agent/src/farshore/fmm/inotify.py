@@ -1,6 +1,6 @@
 """The inotify engine. The only file that knows pyinotify.
 
-pyinotify gives the system calls, the constants and the kernel's limits. Two of its parts are not
+pyinotify gives the system calls and the constants. Two of its parts are not
 used, because they would lose changes: its watch manager keeps a path per watch, which is wrong for
 all of a subtree once a directory above was renamed, and its reader decodes names strictly, so that
 one undecodable name ends it. Here a watch knows its parent and its own name, and names stay bytes.
@@ -38,12 +38,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from farshore.fmm import kernel
+from farshore.fmm import kernel, mounts
 from farshore.fmm.descent import ELSEWHERE, MOST, TOO_LARGE, Descent, Found
 from farshore.fmm.engine import Engine
+from farshore.fmm.mounts import Mount
 from farshore.fmm.patterns import STAGING
 from farshore.fmm.protected import (
-    GONE,
     OTHER_FILESYSTEM,
     PARENT,
     REMEDIES,
@@ -156,11 +156,13 @@ class _Node:
 class _Watched(Protected):
     """A root, with its watches."""
 
-    __slots__ = ("parent_wd", "top")
+    __slots__ = ("mounts", "parent_wd", "top")
 
     def __init__(self, index: int, root: Root) -> None:
         super().__init__(index, root)
         self.top: _Node | None = None
+        #: What was mounted below it when that was looked at last.
+        self.mounts: frozenset[Mount] = frozenset()
         self.parent_wd = -1
 
     @property
@@ -196,12 +198,10 @@ class InotifyWatcher(Engine[_Watched]):
     kinds joined. An excluded entry that comes or goes is a change of the directory that holds it; one of
     our own staging files is not.
 
-    What inotify cannot tell, so that a periodic scan must: writes through a mapping that is never unmapped; a change
+    What inotify cannot tell: writes through a mapping that is never unmapped (``Mapped`` finds those); a change
     through another hard link that came and went before anybody could look at it (else, such a change is reported for
-    the name that was used only), or that was removed while somebody goes on writing to what he opened by it; a
-    filesystem mounted over a directory below a root, or a file over a file, or, for a root with ``one_filesystem``,
-    what lay under one that was mounted when it began to watch, and is not any more; changes that other machines make on
-    a network filesystem, or on this one through a server in the kernel.
+    the name that was used only), or that was removed while somebody goes on writing to what he opened by it; changes
+    that other machines make on a network filesystem, or on this one through a server in the kernel.
 
     ``reads`` also reports (as ATTRIBUTES) files that were only read. ``cookies`` is a directory of our own, by default
     a temporary one, for the changes by which ``drain`` proves that it has seen all. ``clock`` is a monotonic clock.
@@ -781,6 +781,9 @@ class InotifyWatcher(Engine[_Watched]):
             for root in self._roots:
                 if root.watched:
                     root.mark(b"", RESCAN)
+        self._look_at_mounts()
+        if self._mounts_changed:
+            self._check_mounts()
         for root in self._roots:
             if root.watched and not root.in_place():
                 self._lose(root)
@@ -793,6 +796,31 @@ class InotifyWatcher(Engine[_Watched]):
                 if root.watched or now >= root.rescan_at:
                     root.mark(b"", RESCAN)
                     root.rescan_at = now + RESCAN_INTERVAL
+
+    def _check_mounts(self) -> None:
+        """See anew where something was mounted below a root, which no event tells, or is not any more."""
+        self._mounts_changed = False
+        for root in self._roots:
+            if root.top is None:
+                continue
+            real = os.path.realpath(root.path).rstrip(b"/")
+            now = mounts.below(real)
+            for path in {mount.point[len(real) + 1 :] for mount in now ^ root.mounts}:
+                if root.filter.allows(path, True):
+                    root.mark(path, RESCAN)
+                    node = self._node_above(root.top, path)
+                    if node is not None:
+                        self._unsure[node] = None
+            root.mounts = now
+
+    @staticmethod
+    def _node_above(top: _Node, path: bytes) -> _Node | None:
+        """The directory that holds ``path``, if it is watched."""
+        node: _Node | None = top
+        for name in path.split(b"/")[:-1]:
+            if node is not None:
+                node = node.children.get(name)
+        return node
 
     def _watch(self, root: _Watched) -> None:
         """Watch ``root`` and all below it, or say in its ``problem`` why not."""
@@ -814,6 +842,7 @@ class InotifyWatcher(Engine[_Watched]):
                 else:
                     root.top = self._nodes[wd] = _Node(wd)
                     root.top.top_of = root
+                    root.mounts = mounts.below(os.path.realpath(root.path))
                     self._explore(root.top, fd)
             finally:
                 os.close(fd)
@@ -821,9 +850,7 @@ class InotifyWatcher(Engine[_Watched]):
             reason = self._reason(error)
             if root.watched:
                 self._lose(root)
-            if root.problem is None:
-                log.warning("root cannot be watched", path=root.path, reason=reason)
-            root.problem = reason
+            self._cannot_watch(root, reason)
         else:
             root.device = root.device or status.st_dev
             root.problem = None if root.device == status.st_dev else OTHER_FILESYSTEM
@@ -855,8 +882,7 @@ class InotifyWatcher(Engine[_Watched]):
             if not files:
                 del self._parents[wd]
                 self._release(wd)
-        root.problem = GONE
-        log.warning("root is gone", path=root.path)
+        self._lost(root)
 
     # The kernel.
 
@@ -870,19 +896,20 @@ class InotifyWatcher(Engine[_Watched]):
                     raise OSError(errno.ENOSYS, "pyinotify finds no inotify in the C library")
             if not os.path.isdir("/proc/self/fd"):
                 raise OSError(errno.ENOENT, "/proc is not mounted")
+            self._open_mount_table()
             fd: int = self._system.inotify_init()
             if fd < 0:
                 code: int = self._system.get_errno()
                 raise OSError(code, os.strerror(code))
         except OSError as error:
-            self._trouble = f"inotify does not start: {error.strerror}"
+            trouble = f"inotify does not start: {error.strerror}"
             if error.errno == errno.EMFILE:
                 limit = kernel.limit(self.name, "max_user_instances")
-                self._trouble += (
+                trouble += (
                     f"; the limit on instances may be reached ({limit}); raise it: "
                     f"sysctl -w fs.inotify.max_user_instances={(limit or 128) * 4}"
                 )
-            log.error("inotify does not start", reason=self._trouble)
+            self._cannot_start(trouble)
             return
         os.set_inheritable(fd, False)
         os.set_blocking(fd, False)
@@ -914,6 +941,7 @@ class InotifyWatcher(Engine[_Watched]):
             os.close(self._fd)
             self._fd = -1
             self._descents = ()
+        self._close_mount_table()
         for node in self._nodes.values():
             # Whoever still holds one of them sees that it is over.
             node.wd = -1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-_TABLE = "/proc/self/mountinfo"
+TABLE = "/proc/self/mountinfo"
 _ESCAPED = re.compile(rb"\\([0-7]{3})")
 
 
@@ -25,7 +25,7 @@ class Mount:
 def table() -> list[Mount]:
     """All that is mounted, in the order in which that was done. Raises OSError."""
     found = []
-    with open(_TABLE, "rb") as lines:
+    with open(TABLE, "rb") as lines:
         for line in lines:
             _, _, device, inner, point, _ = line.split(b" ", 5)
             major, _, minor = device.partition(b":")
@@ -36,7 +36,7 @@ def table() -> list[Mount]:
 
 def points() -> list[bytes]:
     """Where something is mounted in this process's namespace, in the order in which that was done. Raises OSError."""
-    with open(_TABLE, "rb") as table:
+    with open(TABLE, "rb") as table:
         return [_plain(line.split(b" ", 5)[4]) for line in table]
 
 
@@ -44,6 +44,12 @@ def points_below(path: bytes) -> list[bytes]:
     """As ``points``, only those below a real path."""
     above = path.rstrip(b"/") + b"/"
     return sorted({point for point in points() if point.startswith(above) and point != above})
+
+
+def below(path: bytes) -> frozenset[Mount]:
+    """What is mounted below a real path. Raises OSError."""
+    above = path.rstrip(b"/") + b"/"
+    return frozenset(mount for mount in table() if mount.point.startswith(above) and mount.point != above)
 
 
 def _plain(text: bytes) -> bytes:
