@@ -5,11 +5,13 @@ from __future__ import annotations
 import errno
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 from nodes import Pair, until
 from watches import refuse
 
+from farshore.config import PathConfig
 from farshore.control.api import WatchStatus
 from farshore.daemons.node import Node
 from farshore.fmm import Hint
@@ -61,6 +63,31 @@ async def test_a_group_that_cannot_be_watched_has_failed(pair: Pair) -> None:
     found = await seen(pair)
     assert found.state == "failed"
     assert "Cannot watch" in found.reason
+
+
+async def test_a_path_that_is_missing_keeps_no_other_from_being_replicated(pair: Pair) -> None:
+    for side in ("local", "remote"):
+        before: Node = getattr(pair, side)
+        await before.stop()
+        group = before.config.groups["web"]
+        more = PathConfig("/srv/more", str(pair.base / f"{side}-more"))
+        node = Node(replace(before.config, groups={"web": replace(group, paths=(*group.paths, more))}))
+        await node.start(None)
+        setattr(pair, side, node)
+    await pair.own("local", 1)
+    (pair.local_tree / "f").write_text("1")
+    await until(lambda: (pair.remote_tree / "f").exists(), "nothing was sent")
+    found = await seen(pair)
+    assert (found.state, found.unwatched) == ("partial", 1)
+    assert "local-more: it does not exist" in found.reason
+    (pair.local_tree / "g").write_text("seen by an event")
+    await until(lambda: (pair.remote_tree / "g").exists(), "what changed was not sent")
+    there = pair.base / "local-more"
+    there.mkdir()
+    (there / "h").write_text("3")
+    await until(lambda: (pair.base / "remote-more" / "h").exists(), "the path that came was not sent")
+    await pair.local.groups["web"].flush(60)
+    assert (await seen(pair)).state == "watching"
 
 
 def begin_late(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
