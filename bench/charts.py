@@ -75,7 +75,7 @@ def overview(results: Mapping[str, Any]) -> str:
     rows: list[tuple[Mapping[str, Any], Mapping[str, Any]]] = []
     for row in results["rows"]:
         rows += [(row, c) for c in row["criteria"] if c["binding"] and c["median"] is not None and c["must"]]
-    left, right, top, step = 340.0, _WIDTH - 190.0, 112.0, 34.0
+    left, right, top, step = 340.0, _WIDTH - 240.0, 112.0, 34.0
     shares = [_share(c, c["median"]) for _, c in rows] or [1.0]
     # What is a hundred times better than it must be needs no longer scale.
     low = min(0.1, max(0.01, 10 ** math.floor(math.log10(max(1e-6, min(shares)) * 0.999))))
