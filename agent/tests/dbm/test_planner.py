@@ -45,6 +45,7 @@ from farshore.errors import NotInTime, ProtocolError
 from farshore.fmm import scanner
 from farshore.fmm.dirty import Dirty
 from farshore.fmm.types import FileKind, Hint, Inode, Kind, Root
+from farshore.fmm.view import Live
 
 CODEC: Codec[FromSource] = Codec(FromSource)
 
@@ -225,6 +226,52 @@ def test_a_bad_sector_stops_only_its_file(source: Source, monkeypatch: pytest.Mo
     assert source.tell() == []
     monkeypatch.undo()
     assert paths_of(source.tell(Hint(0, b"bad", Kind.MODIFIED)), Patch) == [b"bad"]
+    assert source.planner.problems == {}
+
+
+def test_a_large_file_that_failed_in_the_middle_is_not_tried_by_the_clock(
+    source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each attempt would send what comes before once more."""
+    bad, closed = source.tree / "bad", source.tree / "closed"
+    bad.write_bytes(os.urandom(200_000))
+    closed.write_bytes(os.urandom(200_000))
+    number = bad.stat().st_ino
+    real_open = Live.open
+
+    def check(self: uploads._Reading) -> None:
+        if self._before.st_ino == number:
+            raise OSError(errno.EIO, "Input/output error")
+
+    def open_(self: Live, root: int, path: bytes) -> int:
+        if path == b"closed":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return real_open(self, root, path)
+
+    monkeypatch.setattr(uploads._Reading, "_check", check)
+    monkeypatch.setattr(Live, "open", open_)
+    source.tell()
+    assert {path for _, path, _ in source.planner.problems} == {b"bad", b"closed"}
+    assert source.planner.unread() == [Hint(0, b"closed", Kind.MODIFIED)]
+
+
+def test_what_could_not_be_read_is_forgotten_when_it_is_of_another_kind(
+    source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (source.tree / "f").write_text("1")
+    real_open = Live.open
+
+    def open_(self: Live, root: int, path: bytes) -> int:
+        if path == b"f":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return real_open(self, root, path)
+
+    monkeypatch.setattr(Live, "open", open_)
+    source.tell()
+    assert list(source.planner.problems) == [(0, b"f", "content")]
+    (source.tree / "f").unlink()
+    (source.tree / "f").symlink_to("elsewhere")
+    source.tell(Hint(0, b"f", Kind.CREATED))
     assert source.planner.problems == {}
 
 

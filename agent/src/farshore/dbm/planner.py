@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import itertools
+import math
 import os
 import random
 import stat
@@ -74,6 +75,8 @@ _MOST_REASONS = 100
 #: What of a path may be readable later, though nothing tells of it; so many paths are tried at one go.
 _UNREAD = frozenset({"state", "content", "entries"})
 _MOST_UNREAD = 1000
+#: Seconds in which the log is told of one reason once.
+_LOG_SECONDS = 3600.0
 _REMEDIES = {
     errno.EACCES: "let the agent read it (CAP_DAC_READ_SEARCH)",
     errno.EPERM: "let the agent read it (CAP_DAC_READ_SEARCH)",
@@ -171,8 +174,8 @@ class Planner:
         # By root, the last inode of which no name that the index knows was left, since the transaction began.
         self._nameless: tuple[int, Inode] | None = None
         self._content_sent = False
-        # Files that failed in the middle of their content, with their ctime then.
-        self._unreadable: dict[tuple[int, bytes], int] = {}
+        # Files that failed in the middle of their content, with their ctime and size then.
+        self._unreadable: dict[tuple[int, bytes], tuple[int, int]] = {}
         self.again: list[Hint] = []
         self.new_jobs: list[Job] = []
         self.new_census: list[Census] = []
@@ -185,8 +188,8 @@ class Planner:
         self.owners = Leaving(None)
         #: What could not be read or told, by root, path and what of it ("root", "state", ...), with the reason.
         self.problems: dict[tuple[int, bytes, str], str] = {}
-        # Reasons that the log was told; once each, as there may be a million paths.
-        self._logged: set[str] = set()
+        # When the log was told of a reason; seldom, as there may be a million paths.
+        self._logged: dict[str, float] = {}
 
     def transaction(self, batch: Batch, seq: int, more: Callable[[Planned], bool] | None = None) -> Planned:
         """Do a part of what is left of ``batch``: the next transaction, number ``seq``.
@@ -350,23 +353,26 @@ class Planner:
         """``why`` keeps ``what`` of the path from being replicated; None when nothing does any more."""
         if why is not None:
             self.problems[root, path, what] = why
-            if what in _UNREAD and why not in self._logged:
-                self._logged.add(why)
+            now = time.monotonic()
+            if what in _UNREAD and now - self._logged.get(why, -math.inf) >= _LOG_SECONDS:
+                self._logged[why] = now
                 _log.warning("cannot be read; tried again now and then", path=self._where(root, path), reason=why)
         elif self.problems:
             self.problems.pop((root, path, what), None)
-            if not self.problems:
-                self._logged.clear()
 
     def unread(self) -> list[Hint]:
         """What could not be read, to be tried again, as nobody tells when a disk or a permission is mended.
 
-        Any thread may ask.
+        Not large files that failed in the middle: each attempt would send what comes before once more. Any thread may
+        ask.
         """
-        found = [key for key in list(self.problems) if key[2] in _UNREAD]
+        found = [key for key in list(self.problems) if key[2] in _UNREAD and not self._is_costly(*key)]
         if len(found) > _MOST_UNREAD:
             found = random.sample(found, _MOST_UNREAD)
         return [Hint(root, path, Kind.RESCAN if what == "entries" else Kind.MODIFIED) for root, path, what in found]
+
+    def _is_costly(self, root: int, path: bytes, what: str) -> bool:
+        return what == "content" and self._unreadable.get((root, path), (0, 0))[1] > INLINE_MAX
 
     def summaries(self) -> list[str]:
         """The problems, by reason: how many paths there are, and one of them. Any thread may ask."""
@@ -384,6 +390,13 @@ class Planner:
         """Why a root that is missing is no such."""
         why = self.problems.get((root, b"", "root"), "the protected path is missing")
         return f"{shown(self._where(root, b''))}: {why}"
+
+    def _forget_of_others(self, root: int, path: bytes, mode: int) -> None:
+        """What could not be read at ``path`` was of another kind than what is there now."""
+        if not stat.S_ISDIR(mode):
+            self._note(root, path, "entries", None)
+        if not stat.S_ISREG(mode):
+            self._note(root, path, "content", None)
 
     def _forget_problems(self, root: int, path: bytes) -> None:
         """Nothing is at ``path``, so nothing is wrong there or below."""
@@ -453,7 +466,8 @@ class Planner:
             for child in self._index.children(root, path):
                 self._index.remove(root, child)
             return
-        if depth is Depth.DEEP and self._is_large(root, path):
+        # One that could not be listed is not compared by its sums, which would not tell that it can be now.
+        if depth is Depth.DEEP and (root, path, "entries") not in self.problems and self._is_large(root, path):
             work.left += 1
             key, sums = self._index.sums(root, path)
             filter = self._filters[root]
@@ -512,6 +526,8 @@ class Planner:
             return
         self._look_behind(batch, root, path, status, work)
         is_directory = stat.S_ISDIR(status.st_mode)
+        if self.problems:
+            self._forget_of_others(root, path, status.st_mode)
         known = self._index.get(root, path)
         if not self._filters[root].allows(path, is_directory):
             if known is not None and self._filters[root].allows(path, known.kind is FileKind.DIRECTORY):
@@ -1134,7 +1150,7 @@ class Planner:
         # Whoever said that it changed did so before this batch was taken, and it was read since.
         if known is not None and known.same_identity(seen) and (not force or inode in batch.read):
             return
-        if self._unreadable.get((seen.root, seen.path)) == seen.ctime_ns and not force:
+        if not force and self._unreadable.get((seen.root, seen.path), (None,))[0] == seen.ctime_ns:
             return
         if known is not None and known.listed_alike(seen) and not force:
             self._emit_meta(seen, known)
@@ -1314,9 +1330,9 @@ class Planner:
             self._emit(SetMeta(seen.root, seen.path, self._meta(seen)))
 
     def _cannot_read(self, seen: Observed, error: OSError) -> None:
-        """Leave the file alone until a hint (``unread``, too), or another ctime, promises better."""
+        """Leave the file alone until a hint, or another ctime, promises better."""
         self._note(seen.root, seen.path, "content", _reason(error))
-        self._unreadable[seen.root, seen.path] = seen.ctime_ns
+        self._unreadable[seen.root, seen.path] = seen.ctime_ns, seen.size
 
 
 def _fitting(xattrs: tuple[tuple[bytes, bytes], ...]) -> tuple[tuple[bytes, bytes], ...]:

@@ -998,6 +998,8 @@ class Sender:
         try:
             async with asyncio.timeout(_BARRIER_SECONDS):
                 await self._barrier()
+            # Here and not by the clock: nothing is frozen, and no snapshot taken, for their sake alone.
+            self._retry_unread()
             own = self._dirty.take(_ALL)
             taken = time.monotonic()
             view = await self._loop.run_in_executor(self._snapshots.thread, self._snapshots.take)
@@ -1116,9 +1118,8 @@ class Sender:
                 # One that was away for a moment only has not changed for the watcher.
                 self._dirty.mark(dirty_everything(list(self._planner.absent_roots)), time.monotonic())
                 self._wake.set()
-            if self._planner is not None and self._planner.problems and time.monotonic() - tried >= _UNREAD_SECONDS:
+            if time.monotonic() - tried >= _UNREAD_SECONDS and self._snapshots is None and self._retry_unread():
                 tried = time.monotonic()
-                self._dirty.mark(self._planner.unread(), tried)
                 self._wake.set()
             silent = time.monotonic() - self._heard
             waiting = bool(self._flights) or self._asking.locked()
@@ -1128,6 +1129,12 @@ class Sender:
             if silent > _PING_SECONDS and not waiting and asked < self._heard:
                 asked = time.monotonic()
                 await self.send([wire.frame(Ping())])
+
+    def _retry_unread(self) -> bool:
+        """Have what could not be read looked at again; whether there is any of it."""
+        hints = self._planner.unread() if self._planner is not None and self._planner.problems else []
+        self._dirty.mark(hints, time.monotonic())
+        return bool(hints)
 
     async def _mature(self, planner: Planner) -> None:
         """Have what was too young looked at when it is old enough."""

@@ -41,6 +41,8 @@ class Engine(ABC, Generic[R]):
         #: Whether changes of our own would be told of.
         self._has_proof = False
         self._trouble: str | None = None
+        #: What the log was told of it.
+        self._last_trouble = ""
         self._problems: tuple[str, ...] = ()
         self._problems_changed = False
         #: Reasons for which parts of roots are not watched that the log was told.
@@ -254,9 +256,13 @@ class Engine(ABC, Generic[R]):
 
     def _cannot_start(self, trouble: str) -> None:
         self._trouble = trouble
-        if self._state != "new":
+        if self._state != "new" and trouble != self._last_trouble:
             # Else whoever starts it is told by a WatchError, at each attempt.
-            _log.error("nothing can be watched", engine=self.name, reason=trouble)
+            _log.error("nothing can be watched; it is tried again every second", engine=self.name, reason=trouble)
+            self._last_trouble = trouble
+
+    def _has_started(self) -> None:
+        self._last_trouble = ""
 
     def _cannot_watch(self, root: R, reason: str) -> None:
         new, root.problem = root.problem is None, reason
@@ -265,7 +271,7 @@ class Engine(ABC, Generic[R]):
 
     def _warn_of(self, root: R) -> None:
         _log.warning(
-            f"root cannot be watched; it is looked at every {RESCAN_INTERVAL:g} s instead",
+            f"root cannot be watched; that is tried every second, and it is looked at every {RESCAN_INTERVAL:g} s",
             path=root.path,
             reason=root.problem,
         )

@@ -152,7 +152,7 @@ class _Mount:
 class _Watched(Protected):
     """A root; ``real`` is its path without links, ``mounts`` what it lies on and what is mounted below it."""
 
-    __slots__ = ("above", "handle", "marked", "mounts", "real", "unwatched")
+    __slots__ = ("above", "handle", "marked", "mounts", "points", "real", "unwatched")
 
     def __init__(self, index: int, root: Root) -> None:
         super().__init__(index, root)
@@ -163,6 +163,8 @@ class _Watched(Protected):
         #: The entries that lead to it, each as a directory and a name in it.
         self.above: frozenset[tuple[bytes, bytes]] = frozenset()
         self.mounts: list[_Mount] = []
+        #: Where something is mounted below it; known where that is left alone.
+        self.points: set[bytes] = set()
         #: Filesystems below it that cannot be watched, each with the reason.
         self.unwatched: dict[bytes, str] = {}
 
@@ -381,6 +383,7 @@ class FanotifyWatcher(Engine[_Watched]):
         try:
             self._fd = fan.create()
             self._open_mount_table()
+            self._has_started()
         except OSError as error:
             self._cannot_start(f"fanotify does not start: {_reason(error)}")
             self._shut()
@@ -476,6 +479,12 @@ class FanotifyWatcher(Engine[_Watched]):
         changed |= there - below - known.keys()
         if changed:
             self._mark(root)
+        if self._mounts_changed and root.root.one_filesystem:
+            points = set(mounts.points_below(root.real))
+            if points != root.points:
+                # What lies under a mount that is left alone is hidden, or in sight again, perhaps by another name.
+                root.points = points
+                root.mark(b"", RESCAN)
         for path in changed:
             root.mark(path[len(root.real) + 1 :], RESCAN)
 
@@ -491,6 +500,8 @@ class FanotifyWatcher(Engine[_Watched]):
             status = self._place(root)
             root.handle = fan.handle_of(_top(root))
             root.above = _entries_to(_top(root))
+            if root.root.one_filesystem:
+                root.points = set(mounts.points_below(root.real))
             self._mark(root)
         except OSError as error:
             self._cannot_watch(root, _reason(error))

@@ -126,6 +126,9 @@ _HEADER = struct.Struct("iIII")
 _OPEN = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _PATH_LIMIT = 4000
 
+#: Seconds between two looks at everything because of mounts, which come and go by the dozen where containers run.
+_MOUNTS_INTERVAL = 30.0
+
 #: Seconds for which a directory that vanished from its place keeps its watches.
 _GRACE = 1.0
 
@@ -237,6 +240,7 @@ class InotifyWatcher(Engine[_Watched]):
         #: Directories with subdirectories that cannot be watched.
         self._short: dict[_Node, None] = {}
         self._exhausted = False
+        self._next_mounts = 0.0
 
     # Events.
 
@@ -255,6 +259,8 @@ class InotifyWatcher(Engine[_Watched]):
             self._retry_unwatched()
 
     def _settle_all(self) -> None:
+        # Who asks must not wait.
+        self._next_mounts = 0.0
         self._resolve()
         self._check_roots()
         self._doubt_lost()
@@ -774,16 +780,16 @@ class InotifyWatcher(Engine[_Watched]):
         return reasons
 
     def _check_roots(self) -> None:
-        self._check_now = False
         now = self._clock()
+        self._look_at_mounts()
+        self._check_now = False
         if self._fd < 0:
             self._open()
             for root in self._roots:
                 if root.watched:
                     root.mark(b"", RESCAN)
-        self._look_at_mounts()
         if self._mounts_changed:
-            self._check_mounts()
+            self._check_mounts(now)
         for root in self._roots:
             if root.watched and not root.in_place():
                 self._lose(root)
@@ -797,30 +803,25 @@ class InotifyWatcher(Engine[_Watched]):
                     root.mark(b"", RESCAN)
                     root.rescan_at = now + RESCAN_INTERVAL
 
-    def _check_mounts(self) -> None:
-        """See anew where something was mounted below a root, which no event tells, or is not any more."""
-        self._mounts_changed = False
-        for root in self._roots:
-            if root.top is None:
-                continue
-            real = os.path.realpath(root.path).rstrip(b"/")
-            now = mounts.below(real)
-            for path in {mount.point[len(real) + 1 :] for mount in now ^ root.mounts}:
-                if root.filter.allows(path, True):
-                    root.mark(path, RESCAN)
-                    node = self._node_above(root.top, path)
-                    if node is not None:
-                        self._unsure[node] = None
-            root.mounts = now
+    def _check_mounts(self, now: float) -> None:
+        """Begin again where something was mounted below a root, which no event tells, or is not any more.
 
-    @staticmethod
-    def _node_above(top: _Node, path: bytes) -> _Node | None:
-        """The directory that holds ``path``, if it is watched."""
-        node: _Node | None = top
-        for name in path.split(b"/")[:-1]:
-            if node is not None:
-                node = node.children.get(name)
-        return node
+        What lies there, and what was hidden and is in sight again, is in another place, or in none, for events that are
+        still queued: so the map is not mended but made anew.
+        """
+        try:
+            mounted = mounts.table()
+        except OSError:
+            # It is tried again with the next look.
+            return
+        changed = [root for root in self._roots if root.top is not None and _mounts_of(root, mounted) != root.mounts]
+        if changed and now < self._next_mounts:
+            return
+        self._mounts_changed = False
+        if changed:
+            self._next_mounts = now + _MOUNTS_INTERVAL
+            log.info("mounts below a root have changed; looking at everything again", path=changed[0].path)
+            self._begin_again()
 
     def _watch(self, root: _Watched) -> None:
         """Watch ``root`` and all below it, or say in its ``problem`` why not."""
@@ -842,14 +843,14 @@ class InotifyWatcher(Engine[_Watched]):
                 else:
                     root.top = self._nodes[wd] = _Node(wd)
                     root.top.top_of = root
-                    root.mounts = mounts.below(os.path.realpath(root.path))
+                    # First: what is mounted meanwhile is a change.
+                    root.mounts = _mounts_of(root, mounts.table())
                     self._explore(root.top, fd)
             finally:
                 os.close(fd)
         except OSError as error:
             reason = self._reason(error)
-            if root.watched:
-                self._lose(root)
+            self._unwatch(root)
             self._cannot_watch(root, reason)
         else:
             root.device = root.device or status.st_dev
@@ -870,6 +871,10 @@ class InotifyWatcher(Engine[_Watched]):
 
     def _lose(self, root: _Watched) -> None:
         """``root`` is not where it was: stop watching it until it is there again."""
+        self._unwatch(root)
+        self._lost(root)
+
+    def _unwatch(self, root: _Watched) -> None:
         self._problems_changed = True
         if root.top is not None:
             top, root.top = root.top, None
@@ -882,7 +887,6 @@ class InotifyWatcher(Engine[_Watched]):
             if not files:
                 del self._parents[wd]
                 self._release(wd)
-        self._lost(root)
 
     # The kernel.
 
@@ -911,6 +915,7 @@ class InotifyWatcher(Engine[_Watched]):
                 )
             self._cannot_start(trouble)
             return
+        self._has_started()
         os.set_inheritable(fd, False)
         os.set_blocking(fd, False)
         self._fd = fd
@@ -980,6 +985,10 @@ class InotifyWatcher(Engine[_Watched]):
             return error.strerror or str(error)
         watches = kernel.limit(self.name, "max_user_watches")
         return remedy.format(watches=watches, more=max(524288, 4 * (watches or 0)))
+
+
+def _mounts_of(root: _Watched, mounted: Sequence[Mount]) -> frozenset[Mount]:
+    return mounts.below(os.path.realpath(root.path), mounted)
 
 
 def _wanted(part: _Part) -> list[tuple[bytes, int, list[bytes]]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 TABLE = "/proc/self/mountinfo"
@@ -29,7 +30,7 @@ def table() -> list[Mount]:
         for line in lines:
             _, _, device, inner, point, _ = line.split(b" ", 5)
             major, _, minor = device.partition(b":")
-            kind = line.partition(b" - ")[2].split(b" ", 1)[0].decode()
+            kind = line.partition(b" - ")[2].split(b" ", 1)[0].decode("utf-8", "replace")
             found.append(Mount((int(major), int(minor)), _plain(inner), _plain(point), kind))
     return found
 
@@ -46,10 +47,10 @@ def points_below(path: bytes) -> list[bytes]:
     return sorted({point for point in points() if point.startswith(above) and point != above})
 
 
-def below(path: bytes) -> frozenset[Mount]:
-    """What is mounted below a real path. Raises OSError."""
+def below(path: bytes, mounted: Iterable[Mount]) -> frozenset[Mount]:
+    """Of what is ``mounted``, what lies below a real path."""
     above = path.rstrip(b"/") + b"/"
-    return frozenset(mount for mount in table() if mount.point.startswith(above) and mount.point != above)
+    return frozenset(mount for mount in mounted if mount.point.startswith(above) and mount.point != above)
 
 
 def _plain(text: bytes) -> bytes:
