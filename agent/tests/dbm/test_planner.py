@@ -542,6 +542,20 @@ def test_what_is_in_doubt_below_what_is_in_doubt_is_removed(source: Source, turn
     assert {b"d/gone", b"d/e"} <= set(paths_of(sent, Remove))
 
 
+def test_what_is_in_doubt_stays_so_when_the_directory_comes_into_doubt_again(source: Source) -> None:
+    """Two connections ended in a row, and the second had told of the directory, and not yet of what was in it."""
+    source.tell()
+    (source.tree / "d").mkdir()
+    for doubts in ([(0, b"d"), (0, b"d/gone"), (0, b"d/e"), (0, b"d/e/gone")], [(0, b"d")]):
+        source.index.begin()
+        source.planner.doubt(doubts)
+        source.index.commit()
+    sent = source.tell()
+    assert paths_of(sent, MakeDir)[0] == b"d"
+    assert {b"d/gone", b"d/e"} <= set(paths_of(sent, Remove))
+    assert source.tell() == []
+
+
 def test_a_link_that_came_and_went_unseen(source: Source) -> None:
     """What was written through it shows under no name of which a hint tells."""
     for name in ("a", "b"):

@@ -338,7 +338,9 @@ class Planner:
                 inodes.add((root, known.dev, known.ino))
                 # If it is gone, what was written through it shows under other names only.
                 hints += [Hint(other.root, other.path, Kind.MODIFIED) for other in self._names_besides(known)]
-            self._index.remove(root, path)
+            if known is None or known.kind is not _UNKNOWN:
+                # Below what was in doubt already, the replica may have what was, too: two connections ended in a row.
+                self._index.remove(root, path)
             self._index.put(_unknown(root, path))
             hints.append(Hint(root, path, Kind.RESCAN | Kind.MODIFIED))
         return hints
