@@ -289,7 +289,8 @@ class Mirrored:
     def check(self) -> None:
         """After a flush, the trees must be identical."""
         self.flush()
-        assert self.differences() == []
+        found = self.differences()
+        assert found == []
 
     def close(self) -> None:
         """End both nodes."""

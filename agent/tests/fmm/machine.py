@@ -40,6 +40,7 @@ if __name__ == "__main__":
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import seed as seeded
 from hypothesis import strategies as st
+from hypothesis.errors import HypothesisException
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 from mirrored import Mirrored, can_lower, lowered
 from reports import tell
@@ -721,16 +722,24 @@ class Machine(RuleBasedStateMachine):
     def teardown(self) -> None:
         """What was done last must arrive, too; and nothing is left."""
         try:
-            if self.mirrored is not None and sys.exc_info()[0] is None:
-                self.check()
-        finally:
-            if sys.exc_info()[0] is not None:
-                self.failed[:] = self.steps
-                self.reasons[:] = traceback.format_exception(sys.exception())
-            if self.mirrored is not None:
-                self.changes.close()
-                self.mirrored.close()
-            shutil.rmtree(self.base)
+            try:
+                if self.mirrored is not None and sys.exception() is None:
+                    self.check()
+            finally:
+                self._note(sys.exception())
+                if self.mirrored is not None:
+                    self.changes.close()
+                    self.mirrored.close()
+                shutil.rmtree(self.base)
+        except Exception as error:
+            self._note(error)
+            raise
+
+    def _note(self, error: BaseException | None) -> None:
+        """The first failure counts: Hypothesis ends examples by errors of its own, and repeats one that failed."""
+        if isinstance(error, Exception) and not isinstance(error, HypothesisException) and not self.reasons:
+            self.failed[:] = self.steps
+            self.reasons[:] = traceback.format_exception(error)
 
 
 def run(engine: str, examples: int, steps: int, *, seed: int | None = None) -> None:
@@ -747,6 +756,8 @@ def run(engine: str, examples: int, steps: int, *, seed: int | None = None) -> N
         report_multiple_bugs=False,
         suppress_health_check=list(HealthCheck),
     )
+    Machine.failed.clear()
+    Machine.reasons.clear()
     machine: type[Machine] = type(f"Machine_{engine}", (Machine,), {"engine": engine})
     run_state_machine_as_test(machine if seed is None else seeded(seed)(machine), settings=chosen)
 
@@ -807,8 +818,9 @@ def soak(engine: str, minutes: float, seed: int, base: Path) -> dict[str, Any]:
         try:
             with contextlib.redirect_stdout(output):
                 run(engine, 20, 60, seed=number)
-        except Exception:
-            told = "".join(Machine.reasons)[-8000:]
+        except Exception as error:
+            whole = "".join(traceback.format_exception(error))
+            told = f"{whole[-4000:]}\n{''.join(Machine.reasons)[-4000:]}"
             report["failures"].append({"seed": number, "error": told, "steps": repr(Machine.failed)})
             print(f"{told}\nsteps: {Machine.failed!r}", flush=True)
         for left in base.iterdir():

@@ -24,6 +24,7 @@ from typing import Any
 import pytest
 from mirrored import Mirrored, can_lower, lowered
 
+from farshore.dbm import uploads
 from farshore.dbm.messages import (
     Begin,
     Commit,
@@ -780,6 +781,36 @@ def test_a_tree_of_an_ordinary_user(mirror: Mirror, tmp_path: Path) -> None:
         (top / "d" / "f").chmod(0o640)
         mirrored.check()
     assert mirrored.run(mirrored.group.status()).problems == []
+
+
+@pytest.mark.parametrize("what", ["the root", "a directory", "the file"])
+def test_a_large_file_that_is_away_when_it_is_to_be_read(
+    mirror: Mirror, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """It is back when that is told, with the times that it had."""
+    mirrored = mirror()
+    top, _ = begin(mirrored)
+    file = top / "d" / "large"
+    moving = {"the root": top, "a directory": top / "d", "the file": file}[what]
+    away = moving.with_name("away")
+    real = uploads._Reading.__init__
+    went: list[bool] = []
+
+    def begin_to_read(self: uploads._Reading, *arguments: Any) -> None:
+        if went:
+            real(self, *arguments)
+            return
+        went.append(True)
+        moving.rename(away)
+        try:
+            real(self, *arguments)
+        finally:
+            away.rename(moving)
+
+    monkeypatch.setattr(uploads._Reading, "__init__", begin_to_read)
+    file.write_bytes(os.urandom(200_000))
+    mirrored.check()
+    assert went
 
 
 @needs_root

@@ -1273,6 +1273,10 @@ class Planner:
         if job is not None and job.problem is not None:
             del self._jobs[root, path]
             self._drop(job)
+            if job.problem.errno in scanner.ABSENT:
+                # It, or what it lies in, was away just then, and its change time does not tell that it is back.
+                self._have_read(seen, None, job.hash_only, work)
+                return None
             raise job.problem
         if job is None or job.content is None:
             self._have_read(seen, job, self._may_be_there(seen, known), work)
