@@ -290,7 +290,7 @@ class Mirrored:
         """After a flush, the trees must be identical."""
         self.flush()
         found = self.differences()
-        assert found == []
+        assert not found, found
 
     def close(self) -> None:
         """End both nodes."""
