@@ -76,7 +76,8 @@ def package(elsewhere: Path) -> Path:
 
 _GIT = """
 cd "$1"; RANDOM=$(( $2 % 32768 ))
-git() { command git -c user.name=a -c user.email=a@b -c gc.auto=20 -c gc.autoDetach=false -c advice.detachedHead=false "$@"; }
+gc='-c gc.auto=20 -c gc.autoDetach=false'
+git() { command git -c user.name=a -c user.email=a@b $gc -c advice.detachedHead=false "$@"; }
 git init -q -b main .
 for version in 1 2 3 4 5 6; do
   for part in $(seq 40); do
