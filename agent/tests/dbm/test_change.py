@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from brakes import META, Memory
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from farshore.dbm.messages import Copy, Link, MakeDir, MakeSymlink, Move, Operation, Patch, Put, Remove, SetMeta
@@ -72,6 +72,7 @@ OPERATIONS = st.one_of(
 
 
 @given(st.lists(OPERATIONS, max_size=12), st.lists(OPERATIONS, max_size=10))
+@example([MakeDir(0, b"d", META), put(b"d/a")], [Move(0, b"d", b"a")])
 @settings(deadline=None, max_examples=500)
 def test_a_description_is_what_happens(first: list[Operation], then: list[Operation]) -> None:
     sight, applied = Memory(), Memory()
@@ -89,9 +90,24 @@ def test_a_description_is_what_happens(first: list[Operation], then: list[Operat
     assert change.grown_bytes == sum(map(len, applied.files.values())) - sum(map(len, sight.files.values()))
     away = {mark(0, path) for path in sight.files if path not in applied.files}
     told = {*change.removed, *change.rewritten, *(old for old, _ in change.renamed)}
-    assert away <= told | _edited_over(taken)
+    assert away <= told | _edited_over(taken) | _gone_along(taken, sight)
     had = any(True for _ in sight.names(0))
     assert change.emptied == ((0,) if had and not any(True for _ in applied.names(0)) else ())
+
+
+def _gone_along(operations: list[Operation], sight: Memory) -> set[int]:
+    """Files that are where a directory was moved to, which loses none of them and is not told of each."""
+    went = Memory()
+    went.files = {path: path for path in sight.files}
+    went.directories = set(sight.directories)
+    along: set[int] = set()
+    for operation in operations:
+        if isinstance(operation, Move) and operation.path in went.directories:
+            below = operation.path + b"/"
+            along |= {mark(0, origin) for path, origin in went.files.items() if origin and path.startswith(below)}
+        # What comes anew comes from nowhere.
+        went.apply(put(operation.path, b"") if isinstance(operation, Put | Link) else operation)
+    return along & {mark(0, origin) for origin in went.files.values()}
 
 
 def _edited_over(operations: list[Operation]) -> set[int]:

@@ -35,22 +35,15 @@ def table() -> list[Mount]:
     return found
 
 
-def points() -> list[bytes]:
-    """Where something is mounted in this process's namespace, in the order in which that was done. Raises OSError."""
-    with open(TABLE, "rb") as table:
-        return [_plain(line.split(b" ", 5)[4]) for line in table]
-
-
-def points_below(path: bytes) -> list[bytes]:
-    """As ``points``, only those below a real path."""
-    above = path.rstrip(b"/") + b"/"
-    return sorted({point for point in points() if point.startswith(above) and point != above})
-
-
 def below(path: bytes, mounted: Iterable[Mount]) -> frozenset[Mount]:
     """Of what is ``mounted``, what lies below a real path."""
     above = path.rstrip(b"/") + b"/"
     return frozenset(mount for mount in mounted if mount.point.startswith(above) and mount.point != above)
+
+
+def points_below(path: bytes) -> list[bytes]:
+    """Where something is mounted below a real path now: each place once, after what is above it. Raises OSError."""
+    return sorted({mount.point for mount in below(path, table())})
 
 
 def _plain(text: bytes) -> bytes:
