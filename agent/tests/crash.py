@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import blake3
-from images import CannotMount, filesystem
+from filesystems import CannotMount, filesystem
 from nodes import free_ports
 from reports import tell
 from trees import Mutator, differences

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from disaster import Acknowledged, Disaster, Nodes, ended
-from images import CannotMount, filesystem
+from filesystems import CannotMount, filesystem
 from nodes import free_ports
 
 from farshore.config import Consistency

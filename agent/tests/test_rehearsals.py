@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import rehearsal_postgres
 from disaster import Acknowledged, Nodes, ended
-from images import filesystem_or_skip
+from filesystems import filesystem_or_skip
 
 from farshore.config import Consistency
 

@@ -6,13 +6,12 @@ import contextlib
 import io
 import os
 import random
-import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import blake3
 import pytest
+from filesystems import filesystem_or_skip
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from replicas import FILE, Replica, put_whole, stream
@@ -30,24 +29,8 @@ PAGE = 4096
 @pytest.fixture(scope="module")
 def xfs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A filesystem whose files can share blocks, on an image; skips where none can be mounted."""
-    if shutil.which("mkfs.xfs") is None:
-        pytest.skip("mkfs.xfs is not installed (package xfsprogs)")
-    if os.geteuid() != 0:
-        pytest.skip("only root can mount an image")
-    base = tmp_path_factory.mktemp("xfs")
-    image, where = base / "image", base / "mounted"
-    where.mkdir()
-    with image.open("wb") as file:
-        file.truncate(512 << 20)
-    subprocess.run(["mkfs.xfs", "-q", "-m", "reflink=1", str(image)], check=True)
-    mounted = subprocess.run(["mount", "-o", "loop", str(image), str(where)], capture_output=True, text=True)
-    if mounted.returncode != 0:
-        pytest.skip(f"no loop device can be had: {mounted.stderr.strip()}")
-    try:
+    with filesystem_or_skip("xfs", tmp_path_factory.mktemp("xfs")) as where:
         yield where
-    finally:
-        subprocess.run(["umount", str(where)], check=True)
-        image.unlink()
 
 
 @pytest.fixture(params=["plain", "shared"])

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from acls import CAPABILITY, NAMED, acl
+from filesystems import mounted
 from nodes import Mirror, Pair, until
 from trees import differences
 
@@ -31,18 +32,6 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
 
 @contextmanager
-def mounted(at: Path, *arguments: str) -> Iterator[None]:
-    at.mkdir(exist_ok=True)
-    done = subprocess.run(["mount", *arguments, str(at)], capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"cannot mount here: {done.stderr.strip()}")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "--lazy", str(at)], check=True)
-
-
-@contextmanager
 def ext4(at: Path, *options: str, mount: str = "loop") -> Iterator[None]:
     if shutil.which("mkfs.ext4") is None:
         pytest.skip("no mkfs.ext4")
@@ -50,6 +39,7 @@ def ext4(at: Path, *options: str, mount: str = "loop") -> Iterator[None]:
     with image.open("wb") as new:
         new.truncate(16 << 20)
     subprocess.run(["mkfs.ext4", "-q", "-F", "-O", "^has_journal", *options, str(image)], check=True)
+    at.mkdir(exist_ok=True)
     with mounted(at, "-o", mount, str(image)):
         (at / "lost+found").rmdir()
         yield
@@ -192,7 +182,7 @@ async def test_attributes_that_have_no_room_hold_nothing_up(pair: Pair) -> None:
     tree, there = pair.local_tree, pair.remote_tree
     if Path("/dev/shm").stat().st_dev == tree.stat().st_dev:
         pytest.skip("needs a filesystem of its own")
-    with mounted(tree, "-t", "tmpfs", "none"):
+    with mounted(tree):
         (tree / "f").write_text("1")
         try:
             os.setxattr(tree / "f", "user.large", b"x" * 50_000)
@@ -214,7 +204,7 @@ async def test_attributes_that_have_no_room_hold_nothing_up(pair: Pair) -> None:
 @needs_root
 async def test_more_attributes_than_can_be_listed(pair: Pair) -> None:
     tree = pair.local_tree
-    with mounted(tree, "-t", "tmpfs", "none"):
+    with mounted(tree):
         (tree / "f").write_text("1")
         try:
             for number in range(300):
@@ -233,7 +223,7 @@ async def test_hard_links_across_a_mount_become_copies(pair: Pair) -> None:
     (tree / "d").mkdir()
     await pair.own("local", 1)
     await in_step(pair)
-    with mounted(there / "d", "-t", "tmpfs", "none"):
+    with mounted(there / "d"):
         (tree / "f").write_bytes(os.urandom(200_000))
         os.chown(tree / "f", 1234, 2345)
         # Of two names that are new at once, either may be the link.

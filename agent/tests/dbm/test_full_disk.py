@@ -5,12 +5,12 @@ from __future__ import annotations
 import errno
 import os
 import random
-import subprocess
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from filesystems import mounted
 from nodes import Pair, running_pair, until
 from trees import differences
 
@@ -29,8 +29,7 @@ async def small(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator
     """A pair of which some places lie on a small filesystem."""
     place = tmp_path / "small"
     place.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "farshore-test", str(place)], check=True)  # noqa: ASYNC221
-    try:
+    with mounted(place, "-t", "tmpfs", "-o", f"size={SIZE}", "none"):
         for name in request.param:
             (place / name).mkdir()
             (tmp_path / name).symlink_to(place / name)
@@ -40,8 +39,6 @@ async def small(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator
                 object.__setattr__(config, "brake", BrakeConfig("off"))
             await pair.own("local", 1)
             yield pair
-    finally:
-        subprocess.run(["umount", "--lazy", str(place)], check=True)  # noqa: ASYNC221
 
 
 REPLICA = ("remote-tree", "remote-state")

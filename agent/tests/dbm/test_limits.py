@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 import shutil
-import subprocess
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from filesystems import mounted
 from nodes import Pair, running_pair, until
 from trees import differences
 
@@ -270,19 +269,6 @@ async def test_what_is_too_old_is_left_alone(pair: Pair) -> None:
 
 
 # --- one filesystem
-
-
-@contextlib.contextmanager
-def mounted(place: Path) -> Iterator[None]:
-    """A filesystem of its own at a directory."""
-    if os.geteuid() != 0:
-        pytest.skip("only root can mount")
-    if subprocess.run(["mount", "-t", "tmpfs", "tmpfs", place], check=False).returncode != 0:
-        pytest.skip("nothing can be mounted here")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "--lazy", place], check=True)
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import errno
 import os
 import shutil
 import signal
-import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filesystems import mounted
 from pasts import transaction
 from replicas import DIRECTORY, FILE
 
@@ -333,17 +333,13 @@ def test_an_application_changes_what_the_history_shares_with_the_tree(replica: R
 
 
 def test_what_is_mounted_in_a_directory_that_is_removed_stays(replica: Replica) -> None:
-    mounted = replica.root / "d" / "m"
-    mounted.mkdir(parents=True)
-    if subprocess.run(["mount", "-t", "tmpfs", "none", str(mounted)], check=False).returncode:
-        pytest.skip("nothing can be mounted here")
-    try:
-        (mounted / "precious").write_bytes(b"1")
+    place = replica.root / "d" / "m"
+    place.mkdir(parents=True)
+    with mounted(place):
+        (place / "precious").write_bytes(b"1")
         replica.tell(Remove(0, b"d"))
         assert replica.applier.doubts == [(0, b"d")]
-        assert (mounted / "precious").exists()
-    finally:
-        subprocess.run(["umount", str(mounted)], check=True)
+        assert (place / "precious").exists()
 
 
 @pytest.mark.parametrize(

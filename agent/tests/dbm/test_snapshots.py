@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from images import filesystem_or_skip
+from filesystems import filesystem_or_skip, mounted
 
 from farshore.config import Consistency
 from farshore.dbm import snapshots
@@ -248,12 +248,11 @@ def test_a_subvolume_within_is_not_taken_for_empty(hooks: Hooks) -> None:
 
 def test_a_mount_within_is_not_taken_for_empty(hooks: Hooks) -> None:
     (hooks.tree / "with space").mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "none", str(hooks.tree / "with space")], check=True)
-    try:
-        with pytest.raises(SnapshotFailed, match="with space is a mount of its own"):
-            hooks.snapshots().take()
-    finally:
-        subprocess.run(["umount", str(hooks.tree / "with space")], check=True)
+    with (
+        mounted(hooks.tree / "with space"),
+        pytest.raises(SnapshotFailed, match="with space is a mount of its own"),
+    ):
+        hooks.snapshots().take()
 
 
 def test_a_filesystem_that_cannot_is_named(hooks: Hooks, tmp_path: Path) -> None:

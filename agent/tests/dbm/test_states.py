@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from images import filesystem_or_skip
+from filesystems import filesystem_or_skip
 from nodes import Pair, free_ports, started, until
 from trees import Mutator, differences
 

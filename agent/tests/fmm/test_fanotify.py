@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from filesystems import mounted
 
 from farshore.fmm import Hint, Kind, Root, WatchError, fan, fanotify, mounts
 from farshore.fmm.fanotify import FanotifyWatcher, why_not
@@ -37,15 +38,6 @@ def watching(*paths: bytes, clock: Clock | None = None) -> Iterator[FanotifyWatc
         yield watcher
     finally:
         watcher.close()
-
-
-@contextlib.contextmanager
-def mounted(path: bytes, *arguments: str) -> Iterator[None]:
-    subprocess.run(["mount", *arguments, os.fsdecode(path)], check=True)
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "--lazy", path], check=False, capture_output=True)
 
 
 def touch(path: bytes) -> None:
@@ -126,7 +118,7 @@ def test_a_filesystem_that_cannot_be_marked_is_scanned(top: bytes, monkeypatch: 
 
     monkeypatch.setattr(fan, "mark_filesystem", mark)
     clock = Clock()
-    with mounted(top + b"/m", "-t", "tmpfs", "none"), watching(top, clock=clock) as watcher:
+    with mounted(top + b"/m"), watching(top, clock=clock) as watcher:
         watcher.read(0)
         (problem,) = watcher.problems()
         assert "/m: not watched, looked at every 30 s instead" in problem and "let inotify watch" in problem
@@ -194,7 +186,7 @@ def test_without_a_place_for_cookies_it_reads_what_there_is(top: bytes) -> None:
 def test_what_is_mounted_is_told_with_its_own_characters(tmp_path: Path) -> None:
     path = os.fsencode(tmp_path) + b"/a b\n\xff"
     os.mkdir(path)
-    with mounted(path, "-t", "tmpfs", "none"):
+    with mounted(path):
         assert mounts.points_below(os.fsencode(tmp_path)) == [path]
         (found,) = (mount for mount in mounts.table() if mount.point == path)
         device = os.stat(path).st_dev

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filesystems import mounted
 from mirrored import Mirrored, can_lower, lowered
 
 from farshore.dbm import uploads
@@ -526,42 +527,23 @@ def test_a_root_that_is_replaced(mirror: Mirror, how: str, still: bool) -> None:
 def test_a_root_that_is_unmounted_and_mounted_again(mirror: Mirror, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
-
-    def mount(what: str) -> None:
-        if subprocess.run(["mount", *what.split(), str(mirrored.sources[0])], capture_output=True).returncode:
-            pytest.skip("cannot mount here")
-
-    def unmount() -> None:
-        subprocess.run(["umount", str(mirrored.sources[0])], check=True)
-
     mirrored = mirror()
     mirrored.stop()
     top = mirrored.sources[0]
     # One filesystem, which stays while it is not mounted at the root.
-    if subprocess.run(["mount", "-t", "tmpfs", "none", str(disk)], capture_output=True).returncode:
-        pytest.skip("cannot mount here")
-    try:
-        mount(f"--bind {disk}")
-        try:
+    with mounted(disk):
+        with mounted(top, "--bind", str(disk)):
             mirrored.start()
             fill(top / "d")
             mirrored.check()
-            unmount()
-            (disk / "d" / "f").write_text("changed meanwhile")
-            mirrored.wait_for(lambda: bool(mirrored.run(mirrored.group.status()).problems))
-            assert (mirrored.replicas[0] / "d" / "f").read_text() == "f", "an unmounted root is no empty one"
-        finally:
-            subprocess.run(["umount", str(top)], check=False, capture_output=True)
-        mount(f"--bind {disk}")
-        try:
+        (disk / "d" / "f").write_text("changed meanwhile")
+        mirrored.wait_for(lambda: bool(mirrored.run(mirrored.group.status()).problems))
+        assert (mirrored.replicas[0] / "d" / "f").read_text() == "f", "an unmounted root is no empty one"
+        with mounted(top, "--bind", str(disk)):
             mirrored.check()
             (top / "d" / "b" / "later").write_text("later")
             mirrored.check()
-        finally:
             mirrored.stop()
-            unmount()
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
 
 
 # --- events

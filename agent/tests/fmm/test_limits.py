@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from filesystems import mounted
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -165,21 +165,16 @@ def test_what_is_left_alone_is_counted_by_reason() -> None:
 
 
 @pytest.fixture
-def mounted(tmp_path: Path) -> Iterator[Path]:
-    if os.geteuid() != 0:
-        pytest.skip("only root can mount")
+def another(tmp_path: Path) -> Iterator[Path]:
+    """Another filesystem, in memory, in a root."""
     place = tmp_path / "root" / "deep" / "mnt"
     place.mkdir(parents=True)
-    if subprocess.run(["mount", "-t", "tmpfs", "tmpfs", place], check=False).returncode != 0:
-        pytest.skip("nothing can be mounted here")
-    try:
+    with mounted(place):
         yield place
-    finally:
-        subprocess.run(["umount", place], check=True)
 
 
-def test_a_mount_point_and_what_is_below_it_lie_on_another_filesystem(mounted: Path, tmp_path: Path) -> None:
-    (mounted / "a" / "b").mkdir(parents=True)
+def test_a_mount_point_and_what_is_below_it_lie_on_another_filesystem(another: Path, tmp_path: Path) -> None:
+    (another / "a" / "b").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "root")
     for path in (tmp_path / "root", tmp_path / "link"):
         found = limits.Boundaries([Root(os.fsencode(path), one_filesystem=True)])
@@ -209,7 +204,7 @@ def test_what_was_mounted_since_is_seen_after_forgetting(tmp_path: Path, monkeyp
 
 @pytest.mark.parametrize("one", [True, False])
 def test_fanotify_tells_of_another_filesystem_only_where_it_is_protected(
-    mounted: Path, tmp_path: Path, one: bool
+    another: Path, tmp_path: Path, one: bool
 ) -> None:
     root = Root(os.fsencode(tmp_path / "root"), one_filesystem=one)
     if reason := why_not([root]):
@@ -218,7 +213,7 @@ def test_fanotify_tells_of_another_filesystem_only_where_it_is_protected(
     try:
         watcher.start()
         (tmp_path / "root" / "deep" / "f").write_text("x")
-        (mounted / "g").write_text("x")
+        (another / "g").write_text("x")
         seen = {hint.path for hint in watcher.drain()}
         assert b"deep/f" in seen and (b"deep/mnt/g" in seen) is not one
         assert watcher.problems() == ()
@@ -234,13 +229,11 @@ def test_fanotify_tells_of_what_is_bound_from_the_same_filesystem(tmp_path: Path
     (tmp_path / "other").mkdir()
     if reason := why_not([root]):
         pytest.skip(reason)
-    if subprocess.run(["mount", "--bind", tmp_path / "other", tmp_path / "root" / "bound"], check=False).returncode:
-        pytest.skip("nothing can be mounted here")
-    watcher = FanotifyWatcher([root])
-    try:
-        watcher.start()
-        (tmp_path / "root" / "bound" / "f").write_text("x")
-        assert b"bound/f" in {hint.path for hint in watcher.drain()}
-    finally:
-        watcher.close()
-        subprocess.run(["umount", tmp_path / "root" / "bound"], check=True)
+    with mounted(tmp_path / "root" / "bound", "--bind", str(tmp_path / "other")):
+        watcher = FanotifyWatcher([root])
+        try:
+            watcher.start()
+            (tmp_path / "root" / "bound" / "f").write_text("x")
+            assert b"bound/f" in {hint.path for hint in watcher.drain()}
+        finally:
+            watcher.close()

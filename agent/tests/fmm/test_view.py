@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from images import filesystem_or_skip
+from filesystems import filesystem_or_skip
 from msgspec.structs import replace
 from trees import Mutator
 

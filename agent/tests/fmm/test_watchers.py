@@ -13,6 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from filesystems import mounted
 
 from farshore.fmm import Hint, Kind, Root
 from farshore.fmm.inotify import InotifyWatcher
@@ -438,42 +439,28 @@ def test_root_that_goes_is_a_problem_until_it_returns(watch_any: Watch, top: byt
 def test_root_that_is_unmounted(watch_any: Watch, top: bytes) -> None:
     root = top + b"/mnt"
     os.mkdir(root)
-
-    def mount() -> None:
-        done = subprocess.run(["mount", "-t", "tmpfs", "none", root], capture_output=True)
-        if done.returncode:
-            pytest.skip("cannot mount here")
-
-    mount()
-    try:
+    with mounted(root):
         os.makedirs(root + b"/d/e")
         watcher = watch_any(root)
-        subprocess.run(["umount", root], check=True)
-        assert Kind.RESCAN in joined(until(watcher, lambda hints: bool(watcher.problems())))[b""]
-        assert "another filesystem" in watcher.problems()[0]
-        touch(root + b"/x")
-        assert b"x" in joined(watcher.drain())
-        os.unlink(root + b"/x")
-        mount()
+    assert Kind.RESCAN in joined(until(watcher, lambda hints: bool(watcher.problems())))[b""]
+    assert "another filesystem" in watcher.problems()[0]
+    touch(root + b"/x")
+    assert b"x" in joined(watcher.drain())
+    os.unlink(root + b"/x")
+    with mounted(root):
         assert Kind.RESCAN in joined(watcher.drain())[b""]
         os.mkdir(root + b"/d")
         assert b"d" in joined(watcher.drain())
-    finally:
-        subprocess.run(["umount", root], check=False, capture_output=True)
 
 
 @needs_root
 def test_unmount_below_the_root(watch_any: Watch, top: bytes) -> None:
     os.makedirs(top + b"/a/mnt/hidden")
-    if subprocess.run(["mount", "-t", "tmpfs", "none", top + b"/a/mnt"], capture_output=True).returncode:
-        pytest.skip("cannot mount here")
-    try:
+    with mounted(top + b"/a/mnt"):
         os.makedirs(top + b"/a/mnt/d/e")
         watcher = watch_any(top)
         touch(top + b"/a/mnt/d/e/x")
         assert b"a/mnt/d/e/x" in joined(watcher.drain())
-    finally:
-        subprocess.run(["umount", top + b"/a/mnt"], check=True)
     assert covered(b"a/mnt/x", joined(watcher.drain()))
     assert map_of(watcher) == directories(top)
     assert watcher.problems() == ()
@@ -483,9 +470,7 @@ def test_unmount_below_the_root(watch_any: Watch, top: bytes) -> None:
 def test_a_filesystem_that_is_mounted_below_belongs_to_it(watch_any: Watch, top: bytes) -> None:
     os.makedirs(top + b"/a/m/hidden")
     watcher = watch_any(top)
-    if subprocess.run(["mount", "-t", "tmpfs", "none", top + b"/a/m"], capture_output=True).returncode:
-        pytest.skip("cannot mount here")
-    try:
+    with mounted(top + b"/a/m"):
         assert covered(b"a/m/x", joined(watcher.drain()))
         os.mkdir(top + b"/a/m/d")
         assert b"a/m/d" in joined(watcher.drain())
@@ -494,8 +479,6 @@ def test_a_filesystem_that_is_mounted_below_belongs_to_it(watch_any: Watch, top:
         assert map_of(watcher) == directories(top)
         subprocess.run(["umount", top + b"/a/m"], check=True)  # the watcher does not hold it
         assert covered(b"a/m/x", joined(watcher.drain()))
-    finally:
-        subprocess.run(["umount", top + b"/a/m"], check=False, capture_output=True)
     touch(top + b"/a/m/hidden/under")
     assert b"a/m/hidden/under" in joined(watcher.drain())
     assert map_of(watcher) == directories(top)
@@ -506,12 +489,8 @@ def test_a_mount_is_seen_by_one_who_waits(watch_any: Watch, top: bytes) -> None:
     os.mkdir(top + b"/m")
     watcher = watch_any(top)
     watcher.drain()
-    if subprocess.run(["mount", "-t", "tmpfs", "none", top + b"/m"], capture_output=True).returncode:
-        pytest.skip("cannot mount here")
-    try:
+    with mounted(top + b"/m"):
         assert until(watcher, lambda hints: covered(b"m/x", joined(hints)))
-    finally:
-        subprocess.run(["umount", top + b"/m"], check=True)
 
 
 @needs_root
@@ -522,30 +501,25 @@ def test_a_mount_in_a_directory_that_was_renamed_in_a_storm(watch_any: Watch, to
     for number in range(6000):
         touch(top + b"/%d" % number)
     os.rename(top + b"/x", top + b"/y")
-    if subprocess.run(["mount", "-t", "tmpfs", "none", top + b"/y/m"], capture_output=True).returncode:
-        pytest.skip("cannot mount here")
-    try:
+    with mounted(top + b"/y/m"):
         os.mkdir(top + b"/y/m/d")
         until(watcher, lambda hints: covered(b"y/m/d/f", joined(hints)))
         watcher.drain()
         touch(top + b"/y/m/d/f")
         assert covered(b"y/m/d/f", joined(watcher.drain()))
         assert map_of(watcher) == directories(top)
-    finally:
-        subprocess.run(["umount", top + b"/y/m"], check=True)
 
 
 @needs_root
 def test_what_a_mount_that_is_left_alone_has_hidden_is_looked_at_again(watch_any: Watch, top: bytes) -> None:
     os.makedirs(top + b"/x/m/d")
-    if subprocess.run(["mount", "-t", "tmpfs", "none", top + b"/x/m"], capture_output=True).returncode:
-        pytest.skip("cannot mount here")
-    try:
+    with mounted(top + b"/x/m"):
         watcher = watch_any(Root(top, one_filesystem=True))
         os.rename(top + b"/x", top + b"/y")
-        watcher.drain()
-    finally:
-        subprocess.run(["umount", top + b"/y/m"], check=True)
+        try:
+            watcher.drain()
+        finally:
+            subprocess.run(["umount", top + b"/y/m"], check=True)
     assert covered(b"y/m/d/f", joined(watcher.drain()))
     touch(top + b"/y/m/d/f")
     assert covered(b"y/m/d/f", joined(watcher.drain()))
@@ -556,25 +530,18 @@ def test_mounts_that_come_and_go_do_not_have_all_looked_at_each_time(watch: Watc
     for name in (b"a", b"b"):
         os.mkdir(top + b"/" + name)
     watcher = watch(top, clock=clock)
-    if subprocess.run(["mount", "-t", "tmpfs", "none", top + b"/a"], capture_output=True).returncode:
-        pytest.skip("cannot mount here")
-    try:
+    with mounted(top + b"/a"):
         clock.now += 2
         assert covered(b"a/x", joined(watcher.read(0)))
-        subprocess.run(["mount", "-t", "tmpfs", "none", top + b"/b"], check=True)
-        try:
+        with mounted(top + b"/b"):
             clock.now += 2
             assert watcher.read(0) == []
             clock.now += 31
             assert covered(b"b/x", joined(watcher.read(0)))
             touch(top + b"/b/f")
             assert b"b/f" in joined(watcher.drain())
-        finally:
-            subprocess.run(["umount", top + b"/b"], check=True)
         # Who asks does not wait.
         assert covered(b"b/x", joined(watcher.drain()))
-    finally:
-        subprocess.run(["umount", top + b"/a"], check=True)
 
 
 def test_neighbours_are_not_in_each_other(watch_any: Watch, top: bytes) -> None:

@@ -1,4 +1,4 @@
-"""For tests: filesystems on images, where root may mount them."""
+"""For tests: filesystems in memory, on images, and bound ones, where root may mount them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeVar
+
+_Entered = TypeVar("_Entered")
 
 #: How a filesystem is made, and the Debian package of the program.
 _MAKERS = {
@@ -28,40 +31,65 @@ def filesystem(kind: str, base: Path, megabytes: int = 512, options: str = "loop
     maker, package = _MAKERS[kind]
     if shutil.which(maker[0]) is None:
         raise CannotMount(f"{maker[0]} is not installed (package {package})")
-    if os.geteuid() != 0:
-        raise CannotMount("only root can mount an image")
     image, where = base / f"{kind}.image", base / kind
     where.mkdir()
     with image.open("wb") as file:
         file.truncate(megabytes << 20)
     subprocess.run([*maker, str(image)], check=True, capture_output=True)
-    mounted = subprocess.run(["mount", "-o", options, str(image), str(where)], capture_output=True, text=True)
-    if mounted.returncode != 0:
-        raise CannotMount(f"no {kind} on a loop device can be had: {mounted.stderr.strip()}")
     try:
-        yield where
+        with _mounted(where, "-o", options, str(image)):
+            yield where
     finally:
-        _unmount(where)
         image.unlink()
 
 
 @contextlib.contextmanager
 def filesystem_or_skip(kind: str, base: Path, megabytes: int = 512) -> Iterator[Path]:
     """As ``filesystem``; where there can be none, the test is skipped with the reason."""
+    with _or_skip(filesystem(kind, base, megabytes)) as where:
+        yield where
+
+
+@contextlib.contextmanager
+def mounted(at: Path | bytes, *arguments: str) -> Iterator[None]:
+    """As ``mount ARGUMENTS AT``, without arguments one in memory; gone afterwards, if the test has left it there.
+
+    Where nothing can be mounted, the test is skipped with the reason.
+    """
+    with _or_skip(_mounted(at, *(arguments or ("-t", "tmpfs", "none")))):
+        yield
+
+
+@contextlib.contextmanager
+def _or_skip(wanted: contextlib.AbstractContextManager[_Entered]) -> Iterator[_Entered]:
     import pytest
 
     with contextlib.ExitStack() as stack:
         try:
-            where = stack.enter_context(filesystem(kind, base, megabytes))
+            entered = stack.enter_context(wanted)
         except CannotMount as error:
             pytest.skip(str(error))
-        yield where
+        yield entered
 
 
-def _unmount(where: Path) -> None:
+@contextlib.contextmanager
+def _mounted(at: Path | bytes, *arguments: str) -> Iterator[None]:
+    if os.geteuid() != 0:
+        raise CannotMount("only root can mount")
+    done = subprocess.run(["mount", *arguments, at], capture_output=True, text=True)
+    if done.returncode:
+        raise CannotMount(f"nothing can be mounted here: {done.stderr.strip()}")
+    try:
+        yield
+    finally:
+        _unmount(at)
+
+
+def _unmount(at: Path | bytes) -> None:
     """What still looks at it has a moment to end; after that it is unmounted all the same."""
-    for _ in range(50):
-        if subprocess.run(["umount", str(where)], capture_output=True).returncode == 0:
+    for _ in range(10):
+        done = subprocess.run(["umount", at], capture_output=True, text=True, env={**os.environ, "LC_ALL": "C"})
+        if done.returncode == 0 or "not mounted" in done.stderr or not os.path.lexists(at):
             return
         time.sleep(0.1)
-    subprocess.run(["umount", "--lazy", str(where)], check=True)
+    subprocess.run(["umount", "--lazy", at], check=True)
