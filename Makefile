@@ -15,6 +15,16 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # The system's certificates, as pip and apt use them.
 export UV_NATIVE_TLS := 1
 
+# Debian's packages that a target needs: the network is asked only when one of them is missing.
+install = dpkg -s $(1) >/dev/null 2>&1 || \
+  { apt-get -q update && apt-get -q -y install --no-install-recommends $(1); }
+
+FILESYSTEM_PACKAGES := btrfs-progs e2fsprogs mount util-linux xfsprogs
+SOAK_PACKAGES := dpkg fsmark git stress-ng
+POSTGRES_PACKAGES := postgresql postgresql-contrib
+TEST_PACKAGES := $(sort $(FILESYSTEM_PACKAGES) $(SOAK_PACKAGES) $(POSTGRES_PACKAGES) rsync)
+BENCH_PACKAGES := btrfs-progs iperf3 iproute2 lsyncd rdiff rsync syncthing time util-linux xfsprogs
+
 .PHONY: help
 help: ## What there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 16
@@ -42,10 +52,14 @@ drill: setup lab-deps ## A whole disaster on the lab's hosts; writes build/drill
 	@$(BIN)/python tests/drill/run.py
 
 .PHONY: test
-test: setup lab-deps powerloss-deps soak-deps ## All checks and all tests
+test: setup lab-deps test-deps ## All checks and all tests
 	@mkdir -p build
 	$(MAKE) --no-print-directory lint
 	$(BIN)/python -m pytest
+
+.PHONY: test-deps
+test-deps:
+	@$(call install,$(TEST_PACKAGES))
 
 .PHONY: lint
 lint: setup ## ruff, mypy, ansible-lint
@@ -71,14 +85,11 @@ lab-up: lab-deps ## The lab's hosts, to play with: see tests/lab/README.md
 lab-down: setup ## Remove the lab's hosts
 	@$(LAB) down
 
-BENCH_PACKAGES := rsync rdiff lsyncd syncthing xfsprogs btrfs-progs iperf3 time iproute2 util-linux
-
 .PHONY: bench-deps
 bench-deps: setup $(VENV)/.bench
 
 $(VENV)/.bench: bench/requirements.txt $(VENV)/.ready
-	@dpkg -s $(BENCH_PACKAGES) >/dev/null 2>&1 || \
-	  { apt-get -q update && apt-get -q -y install --no-install-recommends $(BENCH_PACKAGES); }
+	@$(call install,$(BENCH_PACKAGES))
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python -r bench/requirements.txt
 	@touch $@
 
@@ -89,8 +100,12 @@ bench: bench-deps lab-deps ## All benchmarks beside their peers, up to an hour; 
 bench-quick: bench-deps ## Rows 1 to 7 in about ten minutes
 	@$(BIN)/python -m bench --quick
 
+.PHONY: filesystem-deps
+filesystem-deps:
+	@$(call install,$(FILESYSTEM_PACKAGES))
+
 .PHONY: crash
-crash: setup ## Kill both nodes a thousand times while files change, in at most 40 minutes; writes build/crash/report.json
+crash: setup filesystem-deps ## Kill both nodes a thousand times while files change, in at most 40 minutes; writes build/crash/report.json
 	@$(BIN)/python agent/tests/crash.py --kills 1000 --minutes 40 --report build/crash/report.json
 
 FUZZ_MINUTES ?= 5
@@ -99,35 +114,20 @@ FUZZ_MINUTES ?= 5
 fuzz: setup ## Lies, links and bytes for a node, FUZZ_MINUTES=5 of them; writes build/fuzz/report.json
 	@$(BIN)/python agent/tests/hostile.py --minutes $(FUZZ_MINUTES) --report build/fuzz/report.json
 
-POWERLOSS_PACKAGES := e2fsprogs xfsprogs mount
-
-.PHONY: powerloss-deps
-powerloss-deps:
-	@dpkg -s $(POWERLOSS_PACKAGES) >/dev/null 2>&1 || \
-	  { apt-get -q update && apt-get -q -y install --no-install-recommends $(POWERLOSS_PACKAGES); }
-
 .PHONY: powerloss
-powerloss: setup powerloss-deps ## Cut the power of both machines' disks 200 times, in at most 30 minutes; writes build/powerloss/report.json
+powerloss: setup filesystem-deps ## Cut the power of both machines' disks 200 times, in at most 30 minutes; writes build/powerloss/report.json
 	@$(BIN)/python agent/tests/powerloss.py --cuts 200 --minutes 30 --report build/powerloss/report.json
 
-SOAK_PACKAGES := stress-ng fsmark git dpkg
 SOAK_MINUTES ?= 60
 
-.PHONY: soak-deps
-soak-deps:
-	@dpkg -s $(SOAK_PACKAGES) >/dev/null 2>&1 || \
-	  { apt-get -q update && apt-get -q -y install --no-install-recommends $(SOAK_PACKAGES); }
-
 .PHONY: soak
-soak: setup soak-deps ## Programs at work in a protected tree, SOAK_MINUTES=60 of them; writes build/soak/report.json
+soak: setup ## Programs at work in a protected tree, SOAK_MINUTES=60 of them; writes build/soak/report.json
+	@$(call install,$(SOAK_PACKAGES))
 	@$(BIN)/python agent/tests/soak.py --minutes $(SOAK_MINUTES) --report build/soak/report.json
-
-POSTGRES_PACKAGES := postgresql postgresql-contrib btrfs-progs
 
 .PHONY: postgres-rehearsal
 postgres-rehearsal: setup ## Kill PostgreSQL and its node under load, N=20 times, and go on; writes build/postgres/report.json
-	@dpkg -s $(POSTGRES_PACKAGES) >/dev/null 2>&1 || \
-	  { apt-get -q update && apt-get -q -y install --no-install-recommends $(POSTGRES_PACKAGES); }
+	@$(call install,$(POSTGRES_PACKAGES) $(FILESYSTEM_PACKAGES))
 	@$(BIN)/python agent/tests/rehearsal_postgres.py --failovers $(or $(N),20) --report build/postgres/report.json
 
 .PHONY: build

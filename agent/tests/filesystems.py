@@ -54,7 +54,7 @@ def filesystem_or_skip(kind: str, base: Path, megabytes: int = 512) -> Iterator[
 def mounted(at: Path | bytes, *arguments: str) -> Iterator[None]:
     """As ``mount ARGUMENTS AT``, without arguments one in memory; gone afterwards, if the test has left it there.
 
-    Where nothing can be mounted, the test is skipped with the reason.
+    The directory is made. Where nothing can be mounted, the test is skipped with the reason.
     """
     with _or_skip(_mounted(at, *(arguments or ("-t", "tmpfs", "none")))):
         yield
@@ -76,6 +76,7 @@ def _or_skip(wanted: contextlib.AbstractContextManager[_Entered]) -> Iterator[_E
 def _mounted(at: Path | bytes, *arguments: str) -> Iterator[None]:
     if os.geteuid() != 0:
         raise CannotMount("only root can mount")
+    os.makedirs(at, exist_ok=True)
     done = subprocess.run(["mount", *arguments, at], capture_output=True, text=True)
     if done.returncode:
         raise CannotMount(f"nothing can be mounted here: {done.stderr.strip()}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -93,6 +94,7 @@ def test_a_storm_leaves_what_it_says(tmp_path: Path) -> None:
     assert storm.names() == {name: sorted(os.listdir(tmp_path / name)) for name in names}
 
 
+@pytest.mark.skipif(not shutil.which("rsync"), reason="rsync is not installed")
 def test_differences_are_counted(tmp_path: Path) -> None:
     source, target = tmp_path / "source", tmp_path / "target"
     for tree in (source, target):

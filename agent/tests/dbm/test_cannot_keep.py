@@ -39,7 +39,6 @@ def ext4(at: Path, *options: str, mount: str = "loop") -> Iterator[None]:
     with image.open("wb") as new:
         new.truncate(16 << 20)
     subprocess.run(["mkfs.ext4", "-q", "-F", "-O", "^has_journal", *options, str(image)], check=True)
-    at.mkdir(exist_ok=True)
     with mounted(at, "-o", mount, str(image)):
         (at / "lost+found").rmdir()
         yield
