@@ -100,12 +100,8 @@ bench: bench-deps lab-deps ## All benchmarks beside their peers, up to an hour; 
 bench-quick: bench-deps ## Rows 1 to 7 in about ten minutes
 	@$(BIN)/python -m bench --quick
 
-.PHONY: filesystem-deps
-filesystem-deps:
-	@$(call install,$(FILESYSTEM_PACKAGES))
-
 .PHONY: crash
-crash: setup filesystem-deps ## Kill both nodes a thousand times while files change, in at most 40 minutes; writes build/crash/report.json
+crash: setup ## Kill both nodes a thousand times while files change, in at most 40 minutes; writes build/crash/report.json
 	@$(BIN)/python agent/tests/crash.py --kills 1000 --minutes 40 --report build/crash/report.json
 
 FUZZ_MINUTES ?= 5
@@ -115,7 +111,8 @@ fuzz: setup ## Lies, links and bytes for a node, FUZZ_MINUTES=5 of them; writes 
 	@$(BIN)/python agent/tests/hostile.py --minutes $(FUZZ_MINUTES) --report build/fuzz/report.json
 
 .PHONY: powerloss
-powerloss: setup filesystem-deps ## Cut the power of both machines' disks 200 times, in at most 30 minutes; writes build/powerloss/report.json
+powerloss: setup ## Cut the power of both machines' disks 200 times, in at most 30 minutes; writes build/powerloss/report.json
+	@$(call install,$(FILESYSTEM_PACKAGES))
 	@$(BIN)/python agent/tests/powerloss.py --cuts 200 --minutes 30 --report build/powerloss/report.json
 
 SOAK_MINUTES ?= 60
