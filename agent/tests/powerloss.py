@@ -359,7 +359,8 @@ class PowerCampaign(Campaign):
             for process in processes:
                 process.send(signal.SIGKILL)
             for machine in self.machines.values():
-                if machine.frozen:
+                # A cut that was still to come would stop the disks while they are written back below, for good.
+                if self._disarmed(machine):
                     machine.fail()
             super()._stop()
             for process in processes:
