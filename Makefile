@@ -52,14 +52,11 @@ drill: setup lab-deps ## A whole disaster on the lab's hosts; writes build/drill
 	@$(BIN)/python tests/drill/run.py
 
 .PHONY: test
-test: setup lab-deps test-deps ## All checks and all tests
+test: setup lab-deps ## All checks and all tests
+	@$(call install,$(TEST_PACKAGES))
 	@mkdir -p build
 	$(MAKE) --no-print-directory lint
 	$(BIN)/python -m pytest
-
-.PHONY: test-deps
-test-deps:
-	@$(call install,$(TEST_PACKAGES))
 
 .PHONY: lint
 lint: setup ## ruff, mypy, ansible-lint

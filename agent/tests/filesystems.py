@@ -20,6 +20,9 @@ _MAKERS = {
     "ext4": (["mkfs.ext4", "-q", "-F"], "e2fsprogs"),
 }
 
+#: What mount(8) says where a machine cannot have a filesystem; whatever else it says is the test's own fault.
+_REASONS = ("permission denied", "not permitted", "superuser", "unknown filesystem type", "loop device")
+
 
 class CannotMount(Exception):
     """Why there is no such filesystem here."""
@@ -77,9 +80,10 @@ def _mounted(at: Path | bytes, *arguments: str) -> Iterator[None]:
     if os.geteuid() != 0:
         raise CannotMount("only root can mount")
     os.makedirs(at, exist_ok=True)
-    done = subprocess.run(["mount", *arguments, at], capture_output=True, text=True)
-    if done.returncode:
+    done = _run("mount", *arguments, at)
+    if done.returncode and any(reason in done.stderr for reason in _REASONS):
         raise CannotMount(f"nothing can be mounted here: {done.stderr.strip()}")
+    assert done.returncode == 0, done.stderr
     try:
         yield
     finally:
@@ -89,8 +93,12 @@ def _mounted(at: Path | bytes, *arguments: str) -> Iterator[None]:
 def _unmount(at: Path | bytes) -> None:
     """What still looks at it has a moment to end; after that it is unmounted all the same."""
     for _ in range(10):
-        done = subprocess.run(["umount", at], capture_output=True, text=True, env={**os.environ, "LC_ALL": "C"})
+        done = _run("umount", at)
         if done.returncode == 0 or "not mounted" in done.stderr or not os.path.lexists(at):
             return
         time.sleep(0.1)
     subprocess.run(["umount", "--lazy", at], check=True)
+
+
+def _run(*command: str | Path | bytes) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "LC_ALL": "C"})
