@@ -398,6 +398,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             rounds = rehearsal.rounds
             rehearsal.run(options.failovers, tuple(options.seconds))
     except (NoPostgres, CannotMount) as error:
+        shutil.rmtree(base)
         print(f"cannot be tried here: {error}")
         return 77
     except (Disaster, FarshoreError, OSError, subprocess.SubprocessError) as error:

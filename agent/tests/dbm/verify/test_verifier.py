@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import blake3
 import msgspec
 import pytest
+from filesystems import mounted
 from nodes import GENEROUS, Pair, until
 from trees import Mutator, differences
 
@@ -647,11 +648,7 @@ async def test_bits_that_rot_on_the_sources_disk_are_told_and_not_sent(tmp_path:
     with image.open("wb") as file:
         file.truncate(16 << 20)
     run("mkfs.ext4", "-q", "-b", "4096", "-O", "^has_journal", str(image))
-    try:
-        run("mount", "-o", "loop", str(image), str(pair.local_tree))
-    except subprocess.CalledProcessError as error:
-        pytest.skip(f"nothing can be mounted here: {error.stderr}")
-    try:
+    with mounted(pair.local_tree, "-o", "loop", str(image)):
         (pair.local_tree / "lost+found").rmdir()
         good = os.urandom(8192)
         (pair.local_tree / "f").write_bytes(good)
@@ -671,9 +668,6 @@ async def test_bits_that_rot_on_the_sources_disk_are_told_and_not_sent(tmp_path:
         assert (report.result, report.findings) == ("drift", {"untraced": 1}), report
         assert report.drifts[0].path == str(pair.local_tree / "f")
         assert (pair.remote_tree / "f").read_bytes() == good
-    finally:
-        # Lazily, as the node still watches it.
-        run("umount", "--lazy", str(pair.local_tree))
 
 
 def run(*command: str) -> str:
